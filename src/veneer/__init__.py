@@ -1,0 +1,1 @@
+"""Veneer: LoRA adapters for PyTorch models."""

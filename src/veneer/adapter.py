@@ -1,0 +1,154 @@
+"""The adapter as an immutable value.
+
+An adapter is a mapping from module paths to low-rank factors, with its configuration, what else was
+trained, and what it was made for. Its identity is the digest of its content; a name is only a pointer.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from veneer.config import LoRAConfig
+from veneer.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The factors of one module: its update is `scaling * lora_B @ lora_A`.
+
+    Args:
+        lora_A: Down projection, shape (rank, in).
+        lora_B: Up projection, shape (out, rank).
+        scaling: The factor that is really applied.
+
+    Raises:
+        AdapterError: If the factors are not two matrices of one rank and one dtype.
+
+    Example:
+        >>> pair = LowRank(torch.ones(2, 3), torch.ones(4, 2), scaling=0.5)
+        >>> pair.rank, pair.delta()[0].tolist()
+        (2, [1.0, 1.0, 1.0])
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        A, B = self.lora_A, self.lora_B
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+            raise AdapterError(
+                f"lora_A must have shape (rank, in) and lora_B (out, rank), got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        if A.dtype != B.dtype or not A.dtype.is_floating_point:
+            raise AdapterError(f"lora_A and lora_B must share a floating dtype, got {A.dtype} and {B.dtype}")
+        object.__setattr__(self, "lora_A", _own(A))
+        object.__setattr__(self, "lora_B", _own(B))
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the factors."""
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return `scaling * lora_B @ lora_A`, shape (out, in), in float64."""
+        return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What an adapter was made for; not part of its identity.
+
+    Args:
+        base: Name of the base model as the user gave it.
+        base_fingerprint: Digest of the base's weights, see `veneer.base.fingerprint`.
+        revision: Revision of the base on its hub.
+        task_type: PEFT's word for the head, such as `CAUSAL_LM`.
+        row_format: The kind of rows it was trained on: chat, completion or text.
+        template_digest: Digest of the chat template it was trained with.
+    """
+
+    base: str | None = None
+    base_fingerprint: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    row_format: str | None = None
+    template_digest: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A set of low-rank updates for one base model, as a value that never changes.
+
+    Args:
+        modules: Module path to its factors.
+        config: The settings that it was made with.
+        trained: Full parameter path to values of whatever trained whole (biases, heads).
+        metadata: What it was made for.
+
+    Raises:
+        AdapterError: If there is nothing in it.
+
+    Example:
+        >>> pair = LowRank(torch.zeros(1, 2), torch.zeros(3, 1), 1.0)
+        >>> Adapter({"layers.0.q_proj": pair}, LoRAConfig(rank=1)).num_parameters
+        5
+    """
+
+    modules: Mapping[str, LowRank]
+    config: LoRAConfig
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+
+    def __post_init__(self) -> None:
+        if not self.modules and not self.trained:
+            raise AdapterError("an adapter needs at least one module or trained parameter, got none")
+        modules = {path: self.modules[path] for path in sorted(self.modules)}
+        trained = {path: _own(self.trained[path]) for path in sorted(self.trained)}
+        object.__setattr__(self, "modules", MappingProxyType(modules))
+        object.__setattr__(self, "trained", MappingProxyType(trained))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what the adapter does: paths, scalings, dtypes, shapes, values; not name or metadata."""
+        sha = hashlib.sha256()
+        for path, pair in self.modules.items():
+            sha.update(f"{path}\0{float(pair.scaling).hex()}\0".encode())
+            for tensor in (pair.lora_A, pair.lora_B):
+                _hash_tensor(sha, tensor)
+        for path, tensor in self.trained.items():
+            sha.update(f"{path}\0".encode())
+            _hash_tensor(sha, tensor)
+        return sha.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by a flat name: `PATH.lora_A`, `PATH.lora_B`, and trained parameters by their path."""
+        flat: dict[str, Tensor] = {}
+        for path, pair in self.modules.items():
+            flat |= {f"{path}.lora_A": pair.lora_A, f"{path}.lora_B": pair.lora_B}
+        return flat | dict(self.trained)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes its numbers take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that nobody else can change."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _hash_tensor(sha: "hashlib._Hash", tensor: Tensor) -> None:
+    sha.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,1 @@
+"""Base models: loading, fingerprint, ragged batches, generation."""

@@ -1,0 +1,232 @@
+"""Settings: four small frozen models. They store; functions act.
+
+A wrong setting is a `ConfigError` that lists every problem at once, each with its place and the
+nearest known key.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from veneer.errors import ConfigError
+from veneer.names import did_you_mean, value_for
+
+ALL_LINEAR = "all-linear"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """What all settings share: frozen, strict about keys and types, errors listed at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = list(_problems(error, type(self)))
+            count = f"{len(problems)} setting{'s' * (len(problems) > 1)}"
+            raise ConfigError(f"{type(self).__name__}: {count} cannot be used", problems) from None
+
+
+def _problems(error: ValidationError, settings: type[BaseModel]) -> list[str]:
+    """Turn pydantic's report into one line for each problem, nested settings included."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            lines += [f"{place}.{problem}" for problem in cause.problems]
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"{place}: unknown key{did_you_mean(str(item['loc'][-1]), settings.model_fields)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{place or settings.__name__}: {message} (got {item['input']!r})")
+    return lines
+
+
+def _check_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+class LoRAConfig(Settings):
+    """Which layers are adapted, and how. The names follow PEFT's meaning, `rank` for its `r`.
+
+    The update of a layer is `scaling * lora_B @ lora_A` with `scaling = alpha / rank`, or
+    `alpha / sqrt(rank)` with `use_rslora`, rank and alpha taken after the patterns.
+
+    Args:
+        rank: Inner dimension of the factors.
+        alpha: Numerator of the scaling.
+        dropout: Probability that an input of the low-rank branch is zeroed in training.
+        target_modules: Suffixes of module paths, one regular expression for whole paths, or
+            `"all-linear"` (every linear layer except the output head).
+        exclude_modules: Suffixes or one regular expression; what it matches is not adapted.
+        layers_to_transform: Only layers of these indices (needs a list of suffixes).
+        layers_pattern: Name of the list of layers, where the first number in a path is another's.
+        rank_pattern: Pattern to rank; the first that stands for a path wins.
+        alpha_pattern: Pattern to alpha, likewise.
+        use_rslora: Scale by `alpha / sqrt(rank)`.
+        bias: Which biases train too: none, all of the model's, or those of adapted layers.
+        modules_to_save: Suffixes of modules that train whole.
+
+    Raises:
+        ConfigError: Unknown keys, wrong types, values out of range; all at once.
+
+    Example:
+        >>> LoRAConfig(rank=16, alpha=32, target_modules=["q_proj", "v_proj"]).scaling_for("layers.0.q_proj")
+        2.0
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers_pattern: str | None = None
+    rank_pattern: Mapping[str, PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: Mapping[str, PositiveFloat] = Field(default_factory=dict)
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+
+    @field_validator("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, (list, set, frozenset)) else value
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _is_pattern(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value if value == ALL_LINEAR else _check_regex(value)
+        if len(set(value)) != len(value):
+            raise ValueError("an entry stands twice")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_patterns(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        for pattern in value:
+            _check_regex(pattern)
+        return value
+
+    @model_validator(mode="after")
+    def _layers_need_a_list(self) -> "LoRAConfig":
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform acts only with a list of target_modules")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
+        return self
+
+    def rank_for(self, path: str) -> int:
+        """Return the rank of the module at a path, after `rank_pattern`."""
+        return value_for(path, self.rank_pattern, self.rank)
+
+    def alpha_for(self, path: str) -> float:
+        """Return the alpha of the module at a path, after `alpha_pattern`."""
+        return value_for(path, self.alpha_pattern, self.alpha)
+
+    def scaling_for(self, path: str) -> float:
+        """Return the factor that multiplies `lora_B @ lora_A` of the module at a path."""
+        rank = self.rank_for(path)
+        return self.alpha_for(path) / (rank**0.5 if self.use_rslora else rank)
+
+
+class DataConfig(Settings):
+    """Where the rows come from.
+
+    Args:
+        train: File of training rows.
+        eval: File of rows to evaluate on; None means no evaluation.
+        skip_bad_rows: Leave out rows that cannot be used, counted and listed, instead of refusing.
+
+    Example:
+        >>> DataConfig(train="train.jsonl").eval is None
+        True
+    """
+
+    train: str
+    eval: str | None = None
+    skip_bad_rows: bool = False
+
+
+class TrainConfig(Settings):
+    """How an adapter is trained.
+
+    Args:
+        epochs: Passes over the training rows.
+        max_steps: Stop after this many optimiser steps; None means all of the epochs.
+        learning_rate: Peak learning rate (about ten times that of full fine-tuning).
+        schedule: Course of the learning rate after the warm-up: linear or cosine to zero, or constant.
+        warmup_ratio: Share of the steps in which the learning rate rises from zero.
+        weight_decay: AdamW's decoupled decay of the factors.
+        max_grad_norm: The gradient is scaled down to this global norm; None means never.
+        tokens_per_step: Token budget of an optimiser step.
+        tokens_per_micro_batch: Token budget of one forward and backward; bounds memory, changes no result.
+        max_length: Longest row in tokens. A longer row is reported, or cut where no answer is lost.
+        eval_every: Optimiser steps between evaluations; None means once an epoch.
+        patience: Stop after this many evaluations without a better loss; None means never.
+        checkpoint_every: Optimiser steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+
+    Example:
+        >>> TrainConfig(learning_rate=1e-3).epochs
+        1
+
+    Source:
+        Defaults: Schulman et al. 2025, "LoRA Without Regret" (constant `alpha / rank` scaling, no weight
+        decay, small batches); differs: a linear schedule with a short warm-up.
+    """
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    tokens_per_step: PositiveInt = 8192
+    tokens_per_micro_batch: PositiveInt = 4096
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    eval_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
+    checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+
+
+class RunConfig(Settings):
+    """A whole run: what `veneer train` reads from a YAML file.
+
+    Args:
+        base: Hub id, directory, `.gguf` file, or the name of an embedded model.
+        adapter: Which layers are adapted, and how.
+        data: Where the rows come from.
+        train: How the adapter is trained.
+        seed: Fixes everything that is drawn at random.
+        out: The run folder to write.
+
+    Example:
+        >>> RunConfig(base="smollm2", data={"train": "a.jsonl"}, out="runs/a").train.epochs
+        1
+    """
+
+    base: str
+    adapter: LoRAConfig = Field(default_factory=LoRAConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    out: str

@@ -1,0 +1,1 @@
+"""Rows to token ids and supervised masks; packing; order as a pure function."""

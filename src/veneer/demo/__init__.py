@@ -1,0 +1,1 @@
+"""The demo: one real task, a base model, an adapter, the difference."""

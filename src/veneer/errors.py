@@ -1,0 +1,93 @@
+"""The one tree of errors.
+
+    VeneerError
+    ├── ConfigError             a setting is wrong                        (also ValueError)
+    ├── TargetError             a target pattern or a layer does not fit  (also ValueError)
+    ├── AdapterError            an adapter file or value is wrong         (also ValueError)
+    ├── BaseModelError          a base model cannot be found or used      (also ValueError)
+    ├── DataError               rows are wrong                            (also ValueError)
+    ├── OutputError             an output folder cannot be used           (also ValueError)
+    ├── DamagedArtefactError    files do not match their manifest         (also ValueError)
+    ├── MissingDependencyError  an optional package is not installed      (also ImportError)
+    ├── AttachError             attach or detach was called out of turn   (also RuntimeError)
+    ├── NonFiniteError          training met NaN or infinity              (also ArithmeticError)
+    └── InterruptedRunError     a run was stopped and left in good order  (also RuntimeError)
+
+Every error says what was expected, what came, where, and what to do. `problems` holds one line for
+each thing that is wrong, so that a caller sees them all at once.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class VeneerError(Exception):
+    """Anything that Veneer refuses or fails at, with every problem found listed at once.
+
+    Args:
+        message: One sentence: what was expected, what came, where, what to do.
+        problems: One line for each single problem.
+
+    Example:
+        >>> str(VeneerError("2 rows are wrong", ["a.jsonl:1: empty", "a.jsonl:7: not JSON"]))
+        '2 rows are wrong\\n  - a.jsonl:1: empty\\n  - a.jsonl:7: not JSON'
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        super().__init__(message + "".join(f"\n  - {problem}" for problem in problems))
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        """Pickle by parts, so that errors cross process borders whole."""
+        return type(self), (self.message, self.problems)
+
+
+class ConfigError(VeneerError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class TargetError(VeneerError, ValueError):
+    """A target pattern matches nothing, or a layer cannot be adapted."""
+
+
+class AdapterError(VeneerError, ValueError):
+    """An adapter file or value is malformed, unsupported or does not fit the model."""
+
+
+class BaseModelError(VeneerError, ValueError):
+    """A base model cannot be found, loaded or used."""
+
+
+class DataError(VeneerError, ValueError):
+    """Rows are missing, malformed or cannot be trained on."""
+
+
+class OutputError(VeneerError, ValueError):
+    """An output folder exists already, or does not hold what is needed."""
+
+
+class DamagedArtefactError(VeneerError, ValueError):
+    """Files do not match the manifest that vouches for them."""
+
+
+class MissingDependencyError(VeneerError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class AttachError(VeneerError, RuntimeError):
+    """Attach, detach or a call that needs an attached model came out of turn."""
+
+
+class NonFiniteError(VeneerError, ArithmeticError):
+    """Training met NaN or infinity; the update was not applied."""
+
+    exit_code = 1
+
+
+class InterruptedRunError(VeneerError, RuntimeError):
+    """A run was stopped by the user after its state was committed."""
+
+    exit_code = 130

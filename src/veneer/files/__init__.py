@@ -1,0 +1,1 @@
+"""Files: the commit protocol, strict JSON, safetensors checks, one module for each adapter format."""

@@ -1,0 +1,1 @@
+"""The layers that an adapter puts into a model; attach and detach; routing."""

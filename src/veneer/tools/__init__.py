@@ -1,0 +1,1 @@
+"""What adapters are and what can be made of them."""
