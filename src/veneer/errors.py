@@ -22,7 +22,7 @@ from typing import ClassVar
 
 
 class VeneerError(Exception):
-    """Anything that Veneer refuses or fails at, with every problem found listed at once.
+    r"""Anything that Veneer refuses or fails at, with every problem found listed at once.
 
     Args:
         message: One sentence: what was expected, what came, where, what to do.
@@ -30,7 +30,7 @@ class VeneerError(Exception):
 
     Example:
         >>> str(VeneerError("2 rows are wrong", ["a.jsonl:1: empty", "a.jsonl:7: not JSON"]))
-        '2 rows are wrong\\n  - a.jsonl:1: empty\\n  - a.jsonl:7: not JSON'
+        '2 rows are wrong\n  - a.jsonl:1: empty\n  - a.jsonl:7: not JSON'
     """
 
     exit_code: ClassVar[int] = 2

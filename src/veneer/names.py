@@ -29,10 +29,10 @@ def matches_suffix(path: str, entry: str) -> bool:
 
 
 def matches(path: str, patterns: str | Iterable[str]) -> bool:
-    """Tell whether a module path matches: a string is a regular expression for the whole path, a list holds suffixes.
+    r"""Tell whether a module path matches: a string is a regular expression for the whole path, a list holds suffixes.
 
     Example:
-        >>> matches("layers.3.mlp.up_proj", r".*\\.mlp\\..*"), matches("layers.3.mlp.up_proj", ["up_proj"])
+        >>> matches("layers.3.mlp.up_proj", r".*\.mlp\..*"), matches("layers.3.mlp.up_proj", ["up_proj"])
         (True, True)
     """
     if isinstance(patterns, str):
@@ -41,12 +41,12 @@ def matches(path: str, patterns: str | Iterable[str]) -> bool:
 
 
 def pattern_matches(path: str, pattern: str) -> bool:
-    """Tell whether a `rank_pattern` or `alpha_pattern` key stands for a module path.
+    r"""Tell whether a `rank_pattern` or `alpha_pattern` key stands for a module path.
 
-    Equals `re.match(rf"(.*\\.)?({pattern})$", path) is not None`.
+    Equals `re.match(rf"(.*\.)?({pattern})$", path) is not None`.
 
     Example:
-        >>> pattern_matches("layers.3.mlp.up_proj", "up_proj"), pattern_matches("layers.3.mlp.up_proj", r"3\\.mlp")
+        >>> pattern_matches("layers.3.mlp.up_proj", "up_proj"), pattern_matches("layers.3.mlp.up_proj", r"3\.mlp")
         (True, False)
     """
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
