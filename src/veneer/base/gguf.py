@@ -1,0 +1,80 @@
+"""GGUF files, converted once.
+
+Reading a GGUF file takes transformers half a minute; the directory made of it loads in less than a
+second with the same logits. It is kept in a cache, under the digest of the file, committed in one step.
+"""
+
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from veneer.base.quiet import quiet_transformers
+from veneer.errors import BaseModelError, DamagedArtefactError, MissingDependencyError
+from veneer.files.commit import commit_folder, verify_folder
+from veneer.files.filesystem import REAL
+
+log = logging.getLogger("veneer")
+
+CONVERSION = 1
+"""Part of the cache's key: raise it when the same file gives another directory."""
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: `$VENEER_CACHE`, or `veneer` in the user's cache folder."""
+    own = os.environ.get("VENEER_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "veneer"
+
+
+def converted_gguf(path: Path, expected_sha256: str | None = None) -> Path:
+    """Return the directory that a GGUF file converts to, converting it where that was not done yet.
+
+    The weights are dequantised to float32; tokenizer and chat template come from the file as well.
+
+    Args:
+        path: The `.gguf` file.
+        expected_sha256: What the file's digest must be.
+
+    Raises:
+        BaseModelError: If the file is another than expected, or cannot be read as GGUF.
+        MissingDependencyError: If the `gguf` package is not installed.
+
+    Cost:
+        The first time half a minute for 135 M parameters and 4 bytes a parameter on disk; then about a second.
+    """
+    _, digest = REAL.measure(path)
+    if expected_sha256 is not None and digest != expected_sha256:
+        raise BaseModelError(f"{path} is damaged: expected SHA-256 {expected_sha256}, got {digest}; install it again")
+    target = cache_folder() / "gguf" / f"{digest}-{CONVERSION}"
+    try:
+        if target.exists() and verify_folder(target) is not None:
+            return target
+    except DamagedArtefactError as error:
+        log.warning("the converted copy of %s is damaged and is made again: %s", path.name, error)
+    if find_spec("gguf") is None:
+        raise MissingDependencyError("reading GGUF files needs the gguf package: pip install 'veneer[gguf]'")
+    log.info("converting %s once; this takes about half a minute", path.name)
+    notes = {"source": path.name, "sha256": digest, "conversion": CONVERSION}
+    commit_folder(target, lambda folder: _convert(path, folder), kind="base", notes=notes, replace=True)
+    return target
+
+
+def _convert(path: Path, folder: Path) -> None:
+    try:
+        with quiet_transformers():
+            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            # What it was quantised by is history: the copy holds plain numbers.
+            model.config.__dict__.pop("quantization_config", None)
+            model.hf_quantizer = None
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # whatever a reader of binary files may raise on a file that is none
+        raise BaseModelError(f"{path} cannot be read as a GGUF model: {error}") from error

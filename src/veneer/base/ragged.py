@@ -1,0 +1,187 @@
+"""Ragged batches: one row of tokens, no padding, and attention that never crosses a sequence.
+
+transformers' models let their attention be chosen by name (its `AttentionInterface`). Within
+`ragged_attention(model)` they call ours, which cuts the row at the sequences' borders.
+
+Shapes: T tokens of all sequences, S of one, G sequences of equal length, H heads, E head size, D hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from veneer.errors import BaseModelError
+
+ATTENTION = "veneer_ragged"
+_REFUSED = {"softcap": "soft-capped", "s_aux": "sink", "position_bias": "position-biased"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Sequences one after another in a single row.
+
+    Args:
+        token_ids: Ids of all tokens, shape (T,), int64.
+        supervised: Whether a token's loss counts, shape (T,), bool; never for the first of a sequence.
+        lengths: Tokens of each sequence, in order; they sum to T.
+        slots: Adapter slot of each sequence, None for the base alone; None for "all through the first slot".
+
+    Raises:
+        ValueError: If the sizes disagree.
+
+    Example:
+        >>> batch = RaggedBatch(torch.arange(5), torch.tensor([False, True, False, True, True]), (2, 3))
+        >>> batch.positions.tolist()
+        [0, 1, 0, 1, 2]
+        >>> [part.tolist() for part in batch.predictions()]
+        [[0, 2, 3], [1, 3, 4]]
+    """
+
+    token_ids: Tensor
+    supervised: Tensor
+    lengths: tuple[int, ...]
+    slots: tuple[int | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.token_ids.shape[0]
+        if sum(self.lengths) != tokens or self.supervised.shape != self.token_ids.shape or min(self.lengths) < 1:
+            raise ValueError(f"{tokens} tokens, {self.supervised.shape[0]} marks and lengths {self.lengths} disagree")
+        if self.slots is not None and len(self.slots) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} sequences and {len(self.slots)} slots disagree")
+
+    @property
+    def positions(self) -> Tensor:
+        """Place of each token in its sequence, shape (T,)."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """Return where the supervised tokens are predicted (rows of hidden states), and what they are (ids)."""
+        places = self.supervised.nonzero().squeeze(1)
+        return places - 1, self.token_ids[places]
+
+
+def ragged_attention_forward(
+    module: nn.Module,
+    query_1HTE: Tensor,
+    key_1HTE: Tensor,
+    value_1HTE: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 (transformers' signature; no mask is made for this attention)
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a ragged row; transformers calls it.
+
+    Equals scaled dot-product attention of each sequence alone. Runs of sequences of equal length go to the kernel
+    together; key and value heads are not repeated for grouped queries.
+
+    Raises:
+        BaseModelError: If the lengths did not arrive, or the model asks for a kind of attention not written here.
+    """
+    lengths: Sequence[int] | None = options.get("sequence_lengths")
+    if lengths is None:
+        raise BaseModelError(f"{type(module).__name__} does not pass options on to its attention: no ragged batches")
+    for option, word in _REFUSED.items():
+        if options.get(option) is not None:
+            raise BaseModelError(f"{type(module).__name__} uses {word} attention, which ragged batches do not support")
+    window = options.get("sliding_window")
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        rows = slice(start, start + count * length)
+        q_GHSE, k_GHSE, v_GHSE = (
+            part[0, :, rows].unflatten(1, (count, length)).transpose(0, 1)
+            for part in (query_1HTE, key_1HTE, value_1HTE)
+        )
+        mask_SS = _window_mask(length, window, q_GHSE.device) if window is not None and length > window else None
+        out_GHSE = F.scaled_dot_product_attention(
+            q_GHSE,
+            k_GHSE,
+            v_GHSE,
+            attn_mask=mask_SS,
+            dropout_p=dropout,
+            is_causal=mask_SS is None,
+            scale=scaling,
+            enable_gqa=q_GHSE.shape[1] != k_GHSE.shape[1],
+        )
+        outputs.append(out_GHSE.transpose(1, 2).reshape(count * length, q_GHSE.shape[1], -1))
+        start += count * length
+    return torch.cat(outputs)[None], None
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys a query sees, shape (S, S): itself and the `window - 1` before it."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(ATTENTION, ragged_attention_forward)  # a row in transformers' own registry
+
+
+@contextmanager
+def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's attention take ragged rows within the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
+    """Return the last hidden states of a ragged batch, shape (T, D); needs `ragged_attention(model)` around it."""
+    out = model.get_decoder()(
+        input_ids=batch.token_ids[None].to(model.device),
+        position_ids=batch.positions[None].to(model.device),
+        use_cache=False,
+        sequence_lengths=batch.lengths,
+    )
+    return out.last_hidden_state[0]
+
+
+def check_ragged(model: PreTrainedModel) -> None:
+    """Prove on two short sequences that ragged batches give what the model gives for each alone.
+
+    This also proves that the logits are the head's product with the hidden states and nothing more, on which the
+    chunked loss relies.
+
+    Raises:
+        BaseModelError: If the model cannot take ragged batches, with the reason.
+    """
+    name = type(model).__name__
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        raise BaseModelError(
+            f"{name} has layers of type {', '.join(sorted(kinds))}; ragged batches do not support them"
+        )
+    head = model.get_output_embeddings()
+    if head is None:
+        raise BaseModelError(f"{name} has no language-model head to train with")
+    lengths = (5, 8)
+    token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
+    batch = RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        with ragged_attention(model):
+            got = head(hidden_states(model, batch))
+        alone = [model(input_ids=part[None].to(model.device)).logits[0] for part in token_ids.split(lengths)]
+    model.train(training)
+    expected = torch.cat(alone)
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    tolerance = 1e-3 if got.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:
+        raise BaseModelError(
+            f"{name} cannot take ragged batches: logits of two sequences in one row differ from those of each alone "
+            f"by {difference:.2g} of their size (allowed {tolerance:g})"
+        )

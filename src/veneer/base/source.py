@@ -1,0 +1,58 @@
+"""Where a base model comes from: a directory, a hub id, a GGUF file, or an embedded model's name."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.base.catalog import EMBEDDED
+from veneer.base.gguf import converted_gguf
+from veneer.errors import BaseModelError
+from veneer.names import did_you_mean
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that was found.
+
+    Args:
+        name: What adapters call their base: the hub id, or the path as the user gave it.
+        location: What transformers loads from: a directory or a hub id.
+        is_local: Whether it is a directory.
+    """
+
+    name: str
+    location: str
+    is_local: bool
+
+
+def find_source(base: str) -> Source:
+    """Return where to load a base model from; a GGUF file is converted first, once.
+
+    Raises:
+        BaseModelError: If there is no such file or directory and the name is no hub id either.
+
+    Example:
+        >>> find_source("org/model").is_local
+        False
+    """
+    embedded = EMBEDDED.get(base)
+    if embedded is not None:
+        path = embedded.path()
+        if path is None:
+            return Source(embedded.hub_id, embedded.hub_id, is_local=False)
+        return Source(embedded.hub_id, str(converted_gguf(path, expected_sha256=embedded.sha256)), is_local=True)
+    path = Path(base).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BaseModelError(f"base {base!r} is a file; expected a directory, a hub id or a .gguf file")
+        return Source(base, str(converted_gguf(path)), is_local=True)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BaseModelError(f"base {base!r} is a directory without config.json: no model was saved there")
+        return Source(base, str(path), is_local=True)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(base):
+        beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise BaseModelError(f"base {base!r}: no such file or directory{did_you_mean(base, [*beside, *EMBEDDED])}")
+    return Source(base, base, is_local=False)

@@ -1,0 +1,194 @@
+"""The safetensors file of an adapter, checked before anything is built from it.
+
+The header is checked here by our own reading and then again by safetensors, so that a file must mean the same
+to both (research: failures.md A04 to A08, A12, A16; the format: https://github.com/huggingface/safetensors#format).
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from veneer.errors import AdapterError
+from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.strict_json import parse_json
+from veneer.names import did_you_mean
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 20_000
+MAX_FILE = 2 << 30
+MAX_DIMS = 16
+_SHOWN = 50
+_LENGTH = 8
+_METADATA = "__metadata__"
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+def read_tensors(path: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSystem = REAL) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, in memory of their own.
+
+    Args:
+        path: The file.
+        max_bytes: Longest file.
+        fs: Where it lies.
+
+    Raises:
+        AdapterError: If it cannot be read, or anything in it is wrong or not finite.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "a.safetensors"
+        ...     _ = path.write_bytes(dump_tensors({"x": torch.ones(2)}))
+        ...     read_tensors(path)
+        {'x': tensor([1., 1.])}
+    """
+    try:
+        data = fs.read_bytes(Path(path), max_bytes)
+    except OSError as cause:
+        raise AdapterError(f"{path}: cannot be read: {cause}") from cause
+    return parse_tensors(data, str(path))
+
+
+def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """Return the tensors in the bytes of a safetensors file.
+
+    Args:
+        data: The whole file.
+        where: What errors call it.
+
+    Raises:
+        AdapterError: If the header lies about the file, a dtype is not supported, or a value is NaN or infinite;
+            every problem is listed.
+
+    Example:
+        >>> parse_tensors(dump_tensors({"x": torch.ones(2)}), "a.safetensors")
+        {'x': tensor([1., 1.])}
+    """
+    header, start = _read_header(data, where)
+    _refuse(where, "the header does not fit the file", _header_problems(header, len(data) - start))
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except SafetensorError as cause:
+        raise AdapterError(f"{where}: refused by safetensors: {cause}") from cause
+    _refuse(where, "weights must be finite; do not use this file", _non_finite(tensors))
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+def dump_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes of a safetensors file, as PEFT writes it: equal tensors give equal bytes.
+
+    Example:
+        >>> dump_tensors({"x": torch.ones(2)}) == dump_tensors({"x": torch.ones(2)})
+        True
+    """
+    return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
+
+
+def _refuse(where: str, message: str, problems: list[str]) -> None:
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise AdapterError(f"{where}: {message}", problems[:_SHOWN] + more)
+
+
+def _read_header(data: bytes, where: str) -> tuple[dict[str, Any], int]:
+    """Return the header and where the values begin."""
+    if len(data) < _LENGTH:
+        raise AdapterError(f"{where}: expected the {_LENGTH}-byte length of a safetensors header, got {len(data)} bytes")
+    length = int.from_bytes(data[:_LENGTH], "little")
+    if length > MAX_HEADER:
+        raise AdapterError(
+            f"{where}: expected a header of at most {MAX_HEADER} bytes, its length field says {length};"
+            " it is not a safetensors file, or not an adapter's"
+        )
+    if _LENGTH + length > len(data):
+        raise AdapterError(
+            f"{where}: its header takes {length} bytes, {_LENGTH + length - len(data)} more than there are;"
+            " the file was cut short"
+        )
+    raw = data[_LENGTH : _LENGTH + length]
+    if not raw.startswith(b"{"):
+        raise AdapterError(f"{where}: expected a header that begins with '{{', got {raw[:1]!r}")
+    # Counting brackets first bounds the memory that the parsed header takes.
+    if raw.count(b"{") > 2 * MAX_TENSORS or raw.count(b"[") > 4 * MAX_TENSORS:
+        raise AdapterError(f"{where}: more than {MAX_TENSORS} tensors")
+    header = parse_json(raw, f"{where} (header)", max_bytes=MAX_HEADER, max_depth=8)
+    return header, _LENGTH + length
+
+
+def _header_problems(header: dict[str, Any], available: int) -> list[str]:
+    """Return what is wrong with the table of tensors."""
+    entries = {name: entry for name, entry in header.items() if name != _METADATA}
+    if len(entries) > MAX_TENSORS:
+        return [f"{len(entries)} tensors; at most {MAX_TENSORS} are read"]
+    problems: list[str] = []
+    metadata = header.get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(f"{_METADATA} must map strings to strings")
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        found = _entry_problem(entry)
+        if found is None:
+            begin, end = entry["data_offsets"]
+            ranges.append((begin, end, name))
+        else:
+            problems.append(f"{name!r}: {found}")
+    # Where an entry cannot be read, what it covers is not known.
+    return problems or _cover_problems(sorted(ranges), available)
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """Return what is wrong with one tensor's entry taken alone."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "expected an object of dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BYTES:
+        near = did_you_mean(dtype, _BYTES) if isinstance(dtype, str) else ""
+        return f"dtype {dtype!r} is not supported; expected one of {', '.join(_BYTES)}{near}"
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        return f"shape must be a list of at most {MAX_DIMS} sizes, got {str(shape)[:80]}"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets must be [begin, end], got {str(offsets)[:80]}"
+    expected, got = prod(shape) * _BYTES[dtype], offsets[1] - offsets[0]
+    if expected != got:
+        return f"shape {shape} of {dtype} takes {expected} bytes, data_offsets {offsets} give {got}"
+    return None
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**53 for size in value)
+
+
+def _cover_problems(ranges: list[tuple[int, int, str]], available: int) -> list[str]:
+    """Return where the tensors leave holes, overlap, or do not end where the file ends."""
+    problems, reached = [], 0
+    for begin, end, name in ranges:
+        if begin > reached:
+            problems.append(f"{name!r}: {begin - reached} bytes before it belong to no tensor")
+        elif begin < reached:
+            problems.append(f"{name!r}: shares {reached - begin} bytes with another tensor")
+        reached = max(reached, end)
+    if reached > available:
+        problems.append(f"{reached - available} bytes are missing at the end; the file was cut short")
+    elif reached < available:
+        problems.append(f"{available - reached} bytes at the end belong to no tensor")
+    return problems
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors that hold NaN or infinity, with their counts."""
+    problems = []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+            problems.append(f"{name!r}: {nan} NaN and {infinite} infinite of {tensor.numel()} values")
+    return problems

@@ -1,0 +1,82 @@
+"""Which rows go through which adapter slot.
+
+One `Routing` object belongs to an attached model and is shared by its layers. There is no global
+state, and "no adapter" is `None`, never a number.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from veneer.errors import AttachError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` (not included) go through `slot`; None is the base alone."""
+
+    start: int
+    stop: int
+    slot: int | None
+
+
+class Routing:
+    """The segments of the rows that come next; one slot for all rows unless told otherwise.
+
+    Args:
+        slot: The slot of all rows while no segments are set.
+
+    Example:
+        >>> routing = Routing()
+        >>> routing.segments(10)
+        (Segment(start=0, stop=10, slot=0),)
+        >>> with routing.using([Segment(0, 4, None), Segment(4, 10, 0)]):
+        ...     len(routing.segments(10))
+        2
+    """
+
+    def __init__(self, slot: int | None = 0) -> None:
+        self._slot = slot
+        self._segments: tuple[Segment, ...] | None = None
+
+    def segments(self, num_rows: int) -> tuple[Segment, ...]:
+        """Return the segments that cover the rows, in order.
+
+        Raises:
+            AttachError: If the segments that were set cover another number of rows.
+        """
+        if self._segments is None:
+            return (Segment(0, num_rows, self._slot),)
+        if self._segments[-1].stop != num_rows:
+            raise AttachError(f"the routing covers {self._segments[-1].stop} rows, the layer got {num_rows}")
+        return self._segments
+
+    @contextmanager
+    def using(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Route by these segments within the block.
+
+        Raises:
+            AttachError: If they leave a gap, overlap or are empty.
+        """
+        expected = 0
+        for segment in segments:
+            if segment.start != expected or segment.stop <= segment.start:
+                raise AttachError(f"segments must follow each other from row {expected} on, got {segment}")
+            expected = segment.stop
+        if not segments:
+            raise AttachError("a routing needs at least one segment, got none")
+        before, self._segments = self._segments, tuple(segments)
+        try:
+            yield
+        finally:
+            self._segments = before
+
+    @contextmanager
+    def everywhere(self, slot: int | None) -> Iterator[None]:
+        """Route all rows through one slot, or through none, within the block."""
+        before = self._slot, self._segments
+        self._slot, self._segments = slot, None
+        try:
+            yield
+        finally:
+            self._slot, self._segments = before

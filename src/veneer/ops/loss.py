@@ -1,0 +1,91 @@
+"""Head and loss of the supervised tokens in chunks: the logits of all of them never exist at once.
+
+Shapes: N supervised tokens, C a chunk of them, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 32 << 20
+"""Size of the logits of one chunk: small enough to stay near the caches, large enough for full matrix products."""
+
+
+def chunk_rows(vocabulary: int, element_bytes: int) -> int:
+    """Return how many rows of logits fit into `CHUNK_BYTES`, at least 16.
+
+    Example:
+        >>> chunk_rows(49_152, 4)
+        170
+    """
+    return max(16, CHUNK_BYTES // (vocabulary * element_bytes))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forms the gradient of the hidden states together with the loss; see `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+        needs_x = ctx.needs_input_grad[0]
+        dx_ND = torch.empty_like(x_ND) if needs_x else None
+        loss = x_ND.new_zeros((), dtype=torch.float32 if x_ND.dtype.itemsize < 4 else x_ND.dtype)
+        step = chunk_rows(W_VD.shape[0], x_ND.element_size())
+        for start in range(0, x_ND.shape[0], step):
+            rows = slice(start, start + step)
+            logits_CV = F.linear(x_ND[rows], W_VD, bias_V).to(loss.dtype)
+            target_C1 = targets_N[rows, None]
+            target_logit_C1 = logits_CV.gather(1, target_C1)
+            # A row less its maximum stays what it is, and its exponential can be taken in place.
+            top_C1 = logits_CV.amax(1, keepdim=True)
+            probability_CV = logits_CV.sub_(top_C1).exp_()
+            total_C1 = probability_CV.sum(1, keepdim=True)
+            loss += (total_C1.log() + top_C1 - target_logit_C1).sum()
+            if dx_ND is not None:
+                probability_CV.div_(total_C1).scatter_add_(1, target_C1, -torch.ones_like(total_C1))
+                torch.mm(probability_CV.to(W_VD.dtype), W_VD, out=dx_ND[rows])
+        ctx.save_for_backward(*([dx_ND] if dx_ND is not None else []))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return (saved[0] * dloss if saved else None), None, None, None
+
+
+def linear_cross_entropy(x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    """Return the summed cross-entropy of a frozen linear head, never holding more than a chunk of its logits.
+
+    Equals, and is tested against, `ops.reference.linear_cross_entropy`:
+
+        loss = F.cross_entropy(x @ W.T + bias, targets, reduction="sum")
+
+    Args:
+        x_ND: Hidden states of the supervised tokens.
+        W_VD: Weight of the head; it gets no gradient.
+        bias_V: Bias of the head, or None; it gets no gradient.
+        targets_N: Ids of the tokens to be predicted.
+
+    Returns:
+        Scalar, float32 for 16-bit inputs. Differentiable once, with respect to `x_ND` only.
+
+    Raises:
+        ValueError: If the head asks for a gradient, which this function does not give.
+
+    Cost:
+        4·N·D·V operations with gradient, 2·N·D·V without; one chunk of logits (32 MiB) and one (N, D) buffer.
+
+    Example:
+        >>> round(linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), None, torch.tensor([0, 4])).item(), 4)
+        3.2189
+
+    Source:
+        Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2 (gradient with the loss, in chunks); differs: the
+        head is frozen, and only supervised tokens come in.
+    """
+    if torch.is_grad_enabled() and (W_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)):
+        raise ValueError("linear_cross_entropy gives the head no gradient; use ops.reference for a head that trains")
+    return _LinearCrossEntropy.apply(x_ND, W_VD, bias_V, targets_N)

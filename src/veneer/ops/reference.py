@@ -1,0 +1,24 @@
+"""Every operation in its plainest form: the specification that the fast paths must equal.
+
+Shapes: N rows, I in, O out, R rank, D hidden, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
+) -> Tensor:
+    """Return `x Wᵀ + bias + scaling · x Aᵀ Bᵀ`, shape (N, O)."""
+    return F.linear(x_NI, W_OI, bias_O) + scaling * (x_NI @ A_RI.T @ B_OR.T)
+
+
+def lora_delta(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return `scaling · x Aᵀ Bᵀ`, shape (N, O)."""
+    return scaling * (x_NI @ A_RI.T @ B_OR.T)
+
+
+def linear_cross_entropy(x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    """Return the summed cross-entropy of `softmax(x Wᵀ + bias)` against the targets, a scalar."""
+    return F.cross_entropy(F.linear(x_ND, W_VD, bias_V), targets_N, reduction="sum")
