@@ -1,1 +1,108 @@
-"""Veneer: LoRA adapters for PyTorch models."""
+"""Veneer: LoRA adapters for PyTorch models, from the first row of data to adapters that are proved and served.
+
+The public names are imported when they are first asked for, so that `import veneer` and `veneer --help` cost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.adapter import Adapter, AdapterMetadata, LowRank
+    from veneer.base.load import load_base
+    from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
+    from veneer.data.answers import generate
+    from veneer.data.rows import read_prompts
+    from veneer.demo.run import run_demo
+    from veneer.errors import VeneerError
+    from veneer.files.peft import load_adapter, save_adapter
+    from veneer.nn.attach import attach, current_adapter, detach, disabled
+    from veneer.nn.fingerprint import fingerprint
+    from veneer.nn.plan import Plan, plan
+    from veneer.scoring.evaluate import Evaluation, evaluate
+    from veneer.tools.summarize import Summary, summarize
+    from veneer.train.loop import TrainResult
+    from veneer.train.run import finetune, run
+    from veneer.train.runfile import read_run_file
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "veneer.adapter",
+    "AdapterMetadata": "veneer.adapter",
+    "DataConfig": "veneer.config",
+    "Evaluation": "veneer.scoring.evaluate",
+    "LoRAConfig": "veneer.config",
+    "LowRank": "veneer.adapter",
+    "Plan": "veneer.nn.plan",
+    "RunConfig": "veneer.config",
+    "SamplingConfig": "veneer.config",
+    "Summary": "veneer.tools.summarize",
+    "TrainConfig": "veneer.config",
+    "TrainResult": "veneer.train.loop",
+    "VeneerError": "veneer.errors",
+    "attach": "veneer.nn.attach",
+    "current_adapter": "veneer.nn.attach",
+    "detach": "veneer.nn.attach",
+    "disabled": "veneer.nn.attach",
+    "evaluate": "veneer.scoring.evaluate",
+    "fingerprint": "veneer.nn.fingerprint",
+    "finetune": "veneer.train.run",
+    "generate": "veneer.data.answers",
+    "load_adapter": "veneer.files.peft",
+    "load_base": "veneer.base.load",
+    "plan": "veneer.nn.plan",
+    "read_prompts": "veneer.data.rows",
+    "read_run_file": "veneer.train.runfile",
+    "run": "veneer.train.run",
+    "run_demo": "veneer.demo.run",
+    "save_adapter": "veneer.files.peft",
+    "summarize": "veneer.tools.summarize",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterMetadata",
+    "DataConfig",
+    "Evaluation",
+    "LoRAConfig",
+    "LowRank",
+    "Plan",
+    "RunConfig",
+    "SamplingConfig",
+    "Summary",
+    "TrainConfig",
+    "TrainResult",
+    "VeneerError",
+    "__version__",
+    "attach",
+    "current_adapter",
+    "detach",
+    "disabled",
+    "evaluate",
+    "finetune",
+    "fingerprint",
+    "generate",
+    "load_adapter",
+    "load_base",
+    "plan",
+    "read_prompts",
+    "read_run_file",
+    "run",
+    "run_demo",
+    "save_adapter",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

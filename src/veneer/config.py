@@ -1,4 +1,4 @@
-"""Settings: four small frozen models. They store; functions act.
+"""Settings: a few small frozen models. They store; functions act.
 
 A wrong setting is a `ConfigError` that lists every problem at once, each with its place and the
 nearest known key.
@@ -15,6 +15,7 @@ from veneer.names import did_you_mean, value_for
 
 ALL_LINEAR = "all-linear"
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -208,6 +209,26 @@ class TrainConfig(Settings):
     keep_checkpoints: PositiveInt = 2
 
 
+class SamplingConfig(Settings):
+    """How the next token is chosen when a model writes.
+
+    Args:
+        max_new_tokens: Longest continuation.
+        temperature: 0 takes the most likely token; above, one is drawn.
+        top_p: Drawn from the most likely tokens that hold this share of the probability.
+        seed: Fixes what is drawn.
+
+    Example:
+        >>> SamplingConfig(temperature=0.7).top_p
+        1.0
+    """
+
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+
+
 class RunConfig(Settings):
     """A whole run: what `veneer train` reads from a YAML file.
 
@@ -228,5 +249,5 @@ class RunConfig(Settings):
     adapter: LoRAConfig = Field(default_factory=LoRAConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     out: str

@@ -132,8 +132,8 @@ BAD_LINES = [
     (b'{"messages": [{"content": "a"}]}', "message 1: missing key 'role'"),
     (
         b'{"messages": [{"from": "human", "value": "a"}]}',
-        "message 1: missing key 'role'; message 1: missing key 'content'; message 1: unknown key 'from' (known: role, "
-        "content); and 1 more",
+        "message 1: missing key 'role'; message 1: missing key 'content'; message 1: unknown key 'from'; nearest: "
+        "'role'; and 1 more",
     ),
     (b'{"messages": [{"role": "user", "content": "a", "nmae": "b"}]}', "message 1: unknown key 'nmae'"),
     (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "message 1: 'content' must be a string, is a"),

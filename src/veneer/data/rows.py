@@ -170,9 +170,8 @@ def _read(path: str, *, answers: bool, skip_bad_rows: bool = False) -> tuple[lis
     listed = listed[:_LISTED] + [f"... and {len(listed) - _LISTED} more"] * (len(listed) > _LISTED)
     if problems[True]:
         raise DataError(f"{path}: the file cannot be used", listed)
-    advice = (
-        "" if skip_bad_rows or not rows or not answers else ", or leave them out with skip_bad_rows (--skip-bad-rows)"
-    )
+    can_skip = answers and rows and not skip_bad_rows
+    advice = ", or leave them out with skip_bad_rows (--skip-bad-rows)" if can_skip else ""
     count = f"{len(bad)} of {len(bad) + len(rows)} rows cannot be used"
     raise DataError(f"{path}: {count}; correct them{advice}", listed)
 

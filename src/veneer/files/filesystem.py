@@ -34,7 +34,7 @@ class FileSystem:
 
     def list_folder(self, folder: Path) -> list[str]:
         """Return the sorted names in a folder."""
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
 
     def list_files(self, folder: Path) -> list[str]:
         """Return the sorted names of all files below a folder, relative to it, with forward slashes."""
@@ -51,7 +51,7 @@ class FileSystem:
 
     def is_plain_file(self, path: Path) -> bool:
         """Tell whether a path is a regular file itself, not a link, a pipe or a device."""
-        return stat.S_ISREG(os.lstat(path).st_mode)
+        return stat.S_ISREG(path.lstat().st_mode)
 
     def read_bytes(self, path: Path, max_bytes: int | None = None) -> bytes:
         """Return a regular file's content in memory of our own: never a map of the file.
@@ -59,8 +59,7 @@ class FileSystem:
         Raises:
             OSError: If it cannot be read, is not a regular file, or is longer than `max_bytes`.
         """
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise OSError(f"{path}: not a regular file")
         with path.open("rb") as file:
             # One byte more than allowed shows a file that grew after it was measured.

@@ -81,7 +81,9 @@ def dump_manifest(manifest: Manifest) -> bytes:
         'adapter'
     """
     files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
-    return dump_json({"version": manifest.version, "kind": manifest.kind, "notes": dict(manifest.notes), "files": files})
+    return dump_json(
+        {"version": manifest.version, "kind": manifest.kind, "notes": dict(manifest.notes), "files": files}
+    )
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -121,9 +123,7 @@ def read_manifest(folder: str | Path, *, fs: FileSystem = REAL) -> Manifest | No
     return parse_manifest(data, str(path))
 
 
-def verify_folder(
-    folder: str | Path, only: Collection[str] | None = None, *, fs: FileSystem = REAL
-) -> Manifest | None:
+def verify_folder(folder: str | Path, only: Collection[str] | None = None, *, fs: FileSystem = REAL) -> Manifest | None:
     """Compare a folder with its manifest, every byte.
 
     Args:

@@ -83,7 +83,9 @@ def resolve(paths: Iterable[str], patterns: Mapping[str, Value], default: Value)
         >>> resolve(["a.q", "a.k"], {"q": 4}, 8)
         {'a.q': 4, 'a.k': 8}
     """
-    values, literal, regexes = list(patterns.values()), dict[str, int](), list[tuple[int, re.Pattern[str]]]()
+    values = list(patterns.values())
+    literal: dict[str, int] = {}
+    regexes: list[tuple[int, re.Pattern[str]]] = []
     for place, pattern in enumerate(patterns):
         if _LITERAL.fullmatch(pattern):
             literal.setdefault(re.sub(r"\\(.)", r"\1", pattern), place)
@@ -98,7 +100,7 @@ def resolve(paths: Iterable[str], patterns: Mapping[str, Value], default: Value)
             if regex.match(path):
                 best = place
             if time.monotonic() > deadline:
-                raise AdapterError(f"matching {len(patterns)} patterns took longer than {_SECONDS:g} s; write full paths")
+                raise AdapterError(f"matching {len(patterns)} patterns takes over {_SECONDS:g} s; write full paths")
         found[path] = values[best] if best < len(values) else default
     return found
 
@@ -167,9 +169,7 @@ def _exceptions(values: Mapping[str, Value], default: Value) -> dict[str, Value]
     """Return a pattern for each path whose value is not the default, which stands for that path alone."""
     tails = Counter(tail for path in values for tail in _suffixes(path)[2:])
     # The caret keeps the pattern of `q` from standing for `x.q` too; it is left out where nothing needs it.
-    return {
-        ("^" if tails[path] else "") + re.escape(path): value for path, value in values.items() if value != default
-    }
+    return {("^" if tails[path] else "") + re.escape(path): value for path, value in values.items() if value != default}
 
 
 def _suffixes(path: str) -> list[str]:

@@ -102,7 +102,7 @@ def _refuse(where: str, message: str, problems: list[str]) -> None:
 def _read_header(data: bytes, where: str) -> tuple[dict[str, Any], int]:
     """Return the header and where the values begin."""
     if len(data) < _LENGTH:
-        raise AdapterError(f"{where}: expected the {_LENGTH}-byte length of a safetensors header, got {len(data)} bytes")
+        raise AdapterError(f"{where}: expected the {_LENGTH}-byte length of a header, got {len(data)} bytes")
     length = int.from_bytes(data[:_LENGTH], "little")
     if length > MAX_HEADER:
         raise AdapterError(

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, AttachError
 from veneer.names import did_you_mean
+from veneer.nn.fingerprint import fingerprint
+from veneer.nn.heads import output_heads
 from veneer.nn.kinds import LoRALayer
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot, kaiming_uniform
@@ -24,14 +25,6 @@ from veneer.nn.targets import Target, find_targets
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
 
 _ATTRIBUTE = "_veneer_attachment"
-
-
-@runtime_checkable
-class HasOutputHead(Protocol):
-    """The protocol of transformers' language models for their output head."""
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head, or None."""
 
 
 @dataclass
@@ -42,6 +35,7 @@ class Attachment:
         config: What was asked for.
         metadata: What the adapter was made for.
         routing: Which rows go through which slot.
+        targets: The adapted layers, in the model's order.
         layers: Module path to the layer now standing there.
         trained: Parameters that train whole, each with the frozen one it stands in for.
         requires_grad: Flag of every parameter as it was.
@@ -51,6 +45,7 @@ class Attachment:
     config: LoRAConfig
     metadata: AdapterMetadata
     routing: Routing
+    targets: tuple[Target, ...] = ()
     layers: dict[str, LoRALayer] = field(default_factory=dict)
     trained: dict[str, TrainedParameter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
@@ -66,7 +61,12 @@ class Attachment:
 
 
 def attach(
-    model: nn.Module, what: LoRAConfig | Adapter, *, seed: int = 0, metadata: AdapterMetadata | None = None
+    model: nn.Module,
+    what: LoRAConfig | Adapter,
+    *,
+    seed: int = 0,
+    metadata: AdapterMetadata | None = None,
+    any_base: bool = False,
 ) -> Attachment:
     """Put low-rank layers into a model, in place: fresh ones from a configuration, or those of an adapter.
 
@@ -77,7 +77,8 @@ def attach(
         model: Any module; changed in place.
         what: Which layers to adapt, or an adapter to put in.
         seed: Fixes a fresh `lora_A`.
-        metadata: What the adapter is made for; an adapter brings its own.
+        metadata: What a fresh adapter is made for; an adapter brings its own.
+        any_base: Put an adapter in even where the base's weights are not those that it was made for.
 
     Returns:
         The attachment; the model holds it too.
@@ -85,7 +86,7 @@ def attach(
     Raises:
         AttachError: If the model has an adapter already.
         TargetError: If a pattern matches nothing or a layer cannot be adapted.
-        AdapterError: If the adapter's modules or shapes do not fit the model.
+        AdapterError: If the adapter's modules, shapes or base are not those of the model.
         Each before anything is touched.
 
     Example:
@@ -99,15 +100,18 @@ def attach(
     """
     if _ATTRIBUTE in vars(model):
         raise AttachError("the model has an adapter attached; call detach(model) first")
+    base_fingerprint = fingerprint(model)
     if isinstance(what, Adapter):
         config, metadata = what.config, what.metadata
+        if not any_base:
+            _check_base(what, base_fingerprint)
         targets = _targets_of(model, what)
-        trained = trained_parameters(model, list(targets), config, list(what.trained))
+        trained = trained_parameters(model, list(targets), config, what.trained)
     else:
-        config, metadata = what, metadata or AdapterMetadata()
+        config, metadata = what, replace(metadata or AdapterMetadata(), base_fingerprint=base_fingerprint)
         targets = {target.path: target for target in find_targets(model, config, skip=output_heads(model))}
         trained = trained_parameters(model, list(targets), config, None)
-    attachment = Attachment(config, metadata, Routing())
+    attachment = Attachment(config, metadata, Routing(), tuple(targets.values()))
     attachment.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     attachment.training = {name: module.training for name, module in model.named_modules()}
     model.requires_grad_(False)
@@ -115,8 +119,6 @@ def attach(
         slot = _slot_of(what.modules[path], config) if isinstance(what, Adapter) else _fresh(target, config, seed)
         attachment.layers[path] = _install(model, target, slot, attachment.routing)
     for path, one in trained.items():
-        if isinstance(what, Adapter):
-            one.trained.data.copy_(what.trained[path])
         swap_in(one)
         attachment.trained[path] = one
     setattr(model, _ATTRIBUTE, attachment)
@@ -213,10 +215,13 @@ def set_metadata(model: nn.Module, **changes: str | None) -> None:
     attachment.metadata = replace(attachment.metadata, **changes)
 
 
-def output_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the output head of a language model, which `"all-linear"` leaves out; nothing for other models."""
-    head = model.get_output_embeddings() if isinstance(model, HasOutputHead) else None
-    return [] if head is None else [head]
+def _check_base(adapter: Adapter, base_fingerprint: str) -> None:
+    made_for = adapter.metadata.base_fingerprint
+    if made_for is not None and made_for != base_fingerprint:
+        raise AdapterError(
+            f"the adapter was made for other weights: {adapter.metadata.base} with fingerprint {made_for[:16]}, this "
+            f"model has {base_fingerprint[:16]} (nothing was touched); any_base=True puts it in all the same"
+        )
 
 
 def _install(model: nn.Module, target: Target, slot: Slot, routing: Routing) -> LoRALayer:

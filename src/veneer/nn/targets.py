@@ -109,7 +109,8 @@ def _unmatched(modules: dict[str, nn.Module], wanted: Sequence[str], config: LoR
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
             if not any(pattern_matches(path, pattern) for path in wanted):
-                yield f"{name} key {pattern!r} matches none of the adapted layers{did_you_mean(pattern, words)}"
+                chosen = [path.rpartition(".")[2] for path in wanted]
+                yield f"{name} key {pattern!r} matches none of the adapted layers{did_you_mean(pattern, chosen)}"
     for index in config.layers_to_transform or ():
         if not any(layer_index(path, config.layers_pattern) == index for path in wanted):
             yield f"layers_to_transform={index} matches no target"

@@ -3,10 +3,11 @@
 A trainable copy stands in for each while the adapter is attached; the frozen one waits and comes back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, TargetError
@@ -31,7 +32,7 @@ class TrainedParameter:
 
 
 def trained_parameters(
-    model: nn.Module, targets: Sequence[str], config: LoRAConfig, expected: Sequence[str] | None
+    model: nn.Module, targets: Sequence[str], config: LoRAConfig, values: Mapping[str, Tensor] | None
 ) -> dict[str, TrainedParameter]:
     """Return the parameters that train whole, by full path; the model is not touched.
 
@@ -39,20 +40,17 @@ def trained_parameters(
         model: The model, nothing attached yet.
         targets: Paths of the adapted layers.
         config: Says which biases and modules.
-        expected: The paths that an adapter brings, to be met exactly; None for a fresh adapter.
+        values: What an adapter brings, by full path; None for a fresh adapter, which starts from the base's values.
 
     Raises:
         TargetError: If a module to save shares a parameter with another (a tied head).
         AdapterError: If an adapter's parameters are not those of the model.
     """
-    paths = list(_paths(model, targets, config)) if expected is None else list(expected)
+    paths = list(_paths(model, targets, config)) if values is None else list(values)
     known = dict(model.named_parameters())
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    unknown = [
-        f"{path}: the model has no such parameter{did_you_mean(path, every)}" for path in paths if path not in every
-    ]
-    if unknown:
-        raise AdapterError("the adapter's trained parameters do not fit the model (nothing was touched)", unknown)
+    if values is not None:
+        _check_values(values, known, every)
     tied = [
         f"{path} is the same parameter as {', '.join(name for name in names if name != path)}"
         for path in paths
@@ -64,8 +62,25 @@ def trained_parameters(
     for path in paths:
         owner, _, name = path.rpartition(".")
         copy = nn.Parameter(known[path].detach().clone())
+        if values is not None:
+            with torch.no_grad():
+                copy.copy_(values[path])
         result[path] = TrainedParameter(model.get_submodule(owner), name, known[path], copy)
     return result
+
+
+def _check_values(values: Mapping[str, Tensor], known: Mapping[str, nn.Parameter], every: Sequence[str]) -> None:
+    """Raise unless the model has a parameter of the same path and shape for each value."""
+    problems = []
+    for path, value in values.items():
+        if path not in every:
+            problems.append(f"{path}: the model has no such parameter{did_you_mean(path, every)}")
+        elif path in known and known[path].shape != value.shape:
+            problems.append(
+                f"{path}: the model's shape is {tuple(known[path].shape)}, the adapter's {tuple(value.shape)}"
+            )
+    if problems:
+        raise AdapterError("the adapter's trained parameters do not fit the model (nothing was touched)", problems)
 
 
 def swap_in(one: TrainedParameter) -> None:

@@ -12,7 +12,7 @@ def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's parameters: names, shapes, and up to 1,024 evenly spread values of each.
 
     It does not depend on the dtype that the weights were loaded in, as long as no value was rounded: values are hashed
-    in float32. Call it before `attach`; parameters tied to each other count once.
+    in float32. Call it on the bare model; parameters tied to each other count once.
 
     Cost:
         A few milliseconds; it is a sample, made to notice another model, revision or quantisation, not tampering.

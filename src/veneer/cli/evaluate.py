@@ -1,0 +1,72 @@
+"""`veneer eval`."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+import veneer
+from veneer.cli.models import load, sampling_from
+from veneer.cli.output import (
+    AdapterFolder,
+    Json,
+    Set,
+    SkipBadRows,
+    answers_bar,
+    log_to_stderr,
+    print_bad_rows,
+    print_facts,
+    print_json,
+    print_table,
+)
+
+EXAMPLE = "Example: veneer eval smollm2 valid.jsonl --adapter runs/tickets/adapter --score exact_match"
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file or embedded model.")],
+    data: Annotated[str, typer.Argument(metavar="ROWS", help="File of rows (.jsonl, .csv).")],
+    adapter: AdapterFolder = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option("--score", metavar="NAME", help="exact_match, json, accuracy, bleu or chrf; may be repeated."),
+    ] = None,
+    settings: Set = None,
+    skip_bad_rows: SkipBadRows = False,
+    examples: Annotated[int, typer.Option(min=0, help="How many answers to print.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on rows: loss and perplexity, and scores of what it answers.
+
+    Settings of generation: max_new_tokens, temperature, top_p, seed.
+    """
+    log_to_stderr()
+    sampling = sampling_from(settings)
+    model, tokenizer = load(base, adapter)
+    with answers_bar(None) as on_done:
+        found = veneer.evaluate(
+            model,
+            tokenizer,
+            data,
+            scores=scores or (),
+            sampling=sampling,
+            skip_bad_rows=skip_bad_rows,
+            on_done=on_done,
+        )
+    print_bad_rows(found.bad_rows)
+    if as_json:
+        answers = [asdict(answer) for answer in found.answers[:examples]]
+        print_json({**asdict(found), "answers": answers, "bad_rows": len(found.bad_rows)})
+        return
+    print_facts(
+        {
+            "rows": found.num_rows,
+            "supervised tokens": f"{found.num_supervised:,}",
+            "loss": f"{found.loss:.4f}",
+            "perplexity": f"{found.perplexity:.4g}",
+            **{name: f"{value:.4f}" for name, value in found.scores.items()},
+        }
+    )
+    shown = [{"prompt": a.prompt, "expected": a.expected, "got": a.got} for a in found.answers[:examples]]
+    if shown:
+        print_table("", shown, fold=("prompt", "expected", "got"))

@@ -1,0 +1,38 @@
+"""The `veneer` command: its verbs, and how errors reach people."""
+
+import sys
+
+import typer
+
+from veneer.cli import demo, evaluate, generate, show, train
+from veneer.errors import VeneerError
+
+app = typer.Typer(
+    name="veneer",
+    help="LoRA adapters for PyTorch models: train one, prove what it does, use it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Start with: veneer demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
+app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
+app.command("show", epilog=show.EXAMPLE)(show.show)
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+
+
+def main() -> None:
+    """Run the command; what a user did wrong is one clear message on standard error and exit code 2."""
+    try:
+        app()
+    except VeneerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone: nobody is left to be told
+        sys.exit(1)

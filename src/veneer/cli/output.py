@@ -1,0 +1,91 @@
+"""What the verbs share: options, tables, JSON, log lines."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and list them."),
+]
+AdapterFolder = Annotated[
+    str | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder; the base alone without it.")
+]
+
+
+def log_to_stderr() -> None:
+    """Show our log lines on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("veneer")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = (), fold: Sequence[str] = ()
+) -> None:
+    """Print rows as a table that aligns; columns named in `right` hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name not in fold)
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    Console().print(table)
+
+
+def escape(text: str) -> str:
+    """Return text that rich prints as it is."""
+    return text.replace("[", r"\[")
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print names and values in two aligned columns."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    Console().print(table)
+
+
+def print_bad_rows(bad_rows: Sequence[str]) -> None:
+    """Say on standard error which rows were left out."""
+    if bad_rows:
+        print(f"{len(bad_rows)} rows were left out:", file=sys.stderr)
+        for line in bad_rows:
+            print(f"  - {line}", file=sys.stderr)
+
+
+@contextmanager
+def answers_bar(total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show how many answers are finished, on standard error where that is a terminal."""
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("answering", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def size(num_bytes: int) -> str:
+    """Return a number of bytes for people: 9,768,960 bytes (9.8 MB).
+
+    Example:
+        >>> size(9_768_960), size(12)
+        ('9,768,960 bytes (9.8 MB)', '12 bytes')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes:,} bytes ({num_bytes / factor:.1f} {unit})"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,67 @@
+"""`veneer train`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import veneer
+from veneer.cli.output import Json, Set, SkipBadRows, log_to_stderr, print_bad_rows, print_facts, print_json, size
+from veneer.errors import ConfigError
+
+EXAMPLE = "Example: veneer train examples/run.yaml --set train.epochs=2 --out runs/again"
+
+
+def train(
+    run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="What to train, on what, and how.")],
+    settings: Set = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder; the file's `out` without it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    skip_bad_rows: SkipBadRows = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter, and write a run folder: adapter, checkpoints, metrics, loss.png."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; choose one")
+    log_to_stderr()
+    overrides = [*(settings or ()), *([f"out={out}"] if out else ())]
+    if skip_bad_rows:
+        overrides.append("data.skip_bad_rows=true")
+    run = veneer.read_run_file(run_file, overrides)
+    result = veneer.run(run, existing="resume" if resume else "overwrite" if overwrite else "refuse")
+    print_bad_rows(result.bad_rows)
+    if as_json:
+        print_json(
+            {
+                "adapter": str(result.folder / "adapter"),
+                "digest": result.adapter.digest,
+                "steps": result.steps,
+                "loss": result.loss,
+                "eval_loss_before": result.eval_loss_before,
+                "eval_loss": result.eval_loss,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "tokens_per_second": result.tokens_per_second,
+                "peak_rss_bytes": result.peak_rss_bytes,
+                "adapter_bytes": result.adapter.num_bytes,
+                "bad_rows": len(result.bad_rows),
+            }
+        )
+        return
+    evaluation = {}
+    if result.eval_loss is not None and result.eval_loss_before is not None:
+        evaluation = {"evaluation loss": f"{result.eval_loss_before:.4f} before, {result.eval_loss:.4f} after"}
+    print_facts(
+        {
+            "adapter": result.folder / "adapter",
+            "digest": result.adapter.digest,
+            "steps": f"{result.steps} ({result.tokens:,} tokens in {result.seconds:.0f} s)",
+            "last training loss": f"{result.loss:.4f}",
+            **evaluation,
+            "speed": f"{result.tokens_per_second:,.0f} tokens per second",
+            "peak memory": size(result.peak_rss_bytes),
+            "adapter size": size(result.adapter.num_bytes),
+        }
+    )
+    print(f"Try it: veneer generate {run.base} --adapter {result.folder / 'adapter'} --prompt '...'", file=sys.stderr)

@@ -1,0 +1,232 @@
+"""Adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+What PEFT and vLLM load, they load from here unchanged; nothing of ours stands in those two files. What else we know
+(the base's fingerprint, the digest) is in the manifest's notes. This is the only module that knows PEFT's prefix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.adapter import Adapter, LowRank
+from veneer.config import LoRAConfig
+from veneer.errors import AdapterError, DamagedArtefactError
+from veneer.files.commit import Manifest, commit_folder, readable_folder
+from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.manifest import read_verified
+from veneer.files.patterns import divisor, resolve
+from veneer.files.peft_config import config_from_peft, config_to_peft
+from veneer.files.peft_keys import Parts, read_keys, trained_problems
+from veneer.files.strict_json import dump_json, parse_json
+from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
+from veneer.names import did_you_mean
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+CARD = "README.md"
+KIND = "adapter"
+
+_PREFIX = "base_model.model."
+_PICKLE = "adapter_model.bin"
+_NOTED = ("base_fingerprint", "row_format", "template_digest")
+_CLOSE = 1e-12
+
+
+def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, bytes]:
+    """Return the files of an adapter by name; equal adapters give equal bytes.
+
+    Args:
+        adapter: The adapter.
+        card: Text of a model card.
+
+    Raises:
+        AdapterError: If PEFT's layout cannot hold it, or what it holds and its settings disagree.
+
+    Example:
+        >>> import torch
+        >>> pair = LowRank(torch.zeros(2, 3), torch.zeros(3, 2), scaling=2.0)
+        >>> sorted(adapter_to_files(Adapter({"layers.0.q_proj": pair}, LoRAConfig(rank=2))))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    problems = trained_problems(adapter.config, set(adapter.modules), adapter.trained, adapter.metadata.task_type)
+    if problems:
+        raise AdapterError("the adapter's settings do not say what it holds", problems)
+    tensors: dict[str, Tensor] = {}
+    for path, pair in adapter.modules.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.lora_A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.lora_B
+    for path, tensor in adapter.trained.items():
+        parent = path.removesuffix(".bias")
+        wrapped = path.endswith(".bias") and parent in adapter.modules
+        tensors[f"{_PREFIX}{parent}.base_layer.bias" if wrapped else f"{_PREFIX}{path}"] = tensor
+    files = {CONFIG: dump_json(config_to_peft(adapter)), TENSORS: dump_tensors(tensors)}
+    # What cannot be read back the same is not written: odd names, for one, or a weight that is not finite.
+    again = adapter_from_files(files, "the adapter as written", _notes(adapter))
+    if again.digest != adapter.digest:
+        raise AdapterError("the adapter would not be read back the same from PEFT's layout; please report this")
+    return files if card is None else files | {CARD: card.encode()}
+
+
+def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[str, Any] | None = None) -> Adapter:
+    """Return the adapter that the bytes of its two files hold.
+
+    Args:
+        files: `adapter_config.json` and `adapter_model.safetensors` by name; others are not looked at.
+        where: What errors call the folder.
+        notes: The notes of the manifest that vouches for them.
+
+    Raises:
+        AdapterError: If a key is not understood, a value has the wrong shape, or anything is missing; all at once.
+    """
+    config, metadata = config_from_peft(parse_json(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+    place = f"{where}/{TENSORS}"
+    tensors = parse_tensors(files[TENSORS], place)
+    parts = read_keys(tensors, _PREFIX, place)
+    problems = list(parts.problems)
+    problems += trained_problems(config, set(parts.modules), parts.trained, metadata.task_type)
+    known = _read_notes(notes or {}, where)
+    modules = _modules(config, tensors, parts, known["scalings"], problems)
+    if problems:
+        raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems)
+    trained = {path: tensors[key] for path, key in parts.trained.items()}
+    adapter = Adapter(modules, config, trained, with_changes(metadata, **known["metadata"]))
+    if known["digest"] not in (None, adapter.digest):
+        raise DamagedArtefactError(f"{where}: expected digest {known['digest']}, got {adapter.digest}")
+    return adapter
+
+
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    card: str | None = None,
+    replace: bool = False,
+    fs: FileSystem = REAL,
+) -> Manifest:
+    """Write an adapter's folder, whole or not at all.
+
+    Args:
+        adapter: The adapter.
+        folder: The folder to make.
+        card: Text of a model card.
+        replace: Put it in the place of a folder that exists.
+        fs: Where it lies.
+
+    Raises:
+        AdapterError: If PEFT's layout cannot hold the adapter.
+        OutputError: If the folder exists or cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> pair = LowRank(torch.ones(2, 3), torch.zeros(3, 2), scaling=2.0)
+        >>> adapter = Adapter({"layers.0.q_proj": pair}, LoRAConfig(rank=2, alpha=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_adapter(adapter, Path(folder) / "mine")
+        ...     load_adapter(Path(folder) / "mine").digest == adapter.digest
+        True
+    """
+    files = adapter_to_files(adapter, card=card)
+    return commit_folder(folder, files, kind=KIND, notes=_notes(adapter), replace=replace, fs=fs)
+
+
+def load_adapter(folder: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSystem = REAL) -> Adapter:
+    """Read an adapter's folder, of ours or of PEFT.
+
+    Args:
+        folder: The folder.
+        max_bytes: Longest file that is read.
+        fs: Where it lies.
+
+    Raises:
+        AdapterError: If anything in it is missing, unknown, unsupported or wrong; every problem is listed.
+        DamagedArtefactError: If it has a manifest and does not match it.
+    """
+    found = readable_folder(folder, fs=fs)
+    if not fs.is_folder(found):
+        raise AdapterError(f"{folder}: expected an adapter's folder, found none")
+    present = fs.list_folder(found)
+    missing = [name for name in (CONFIG, TENSORS) if name not in present]
+    if TENSORS in missing and _PICKLE in present:
+        raise AdapterError(
+            f"{folder}: holds {_PICKLE} but no {TENSORS}; a pickle can run any code, so it is not read."
+            " Convert it with PEFT where you trust it: load it and call save_pretrained()"
+        )
+    if missing:
+        raise AdapterError(
+            f"{folder}: not an adapter's folder",
+            [f"{name}: missing{did_you_mean(name, present)}" for name in missing],
+        )
+    try:
+        files, manifest = read_verified(found, (CONFIG, TENSORS), max_bytes=max_bytes, fs=fs)
+    except OSError as cause:
+        raise AdapterError(f"{folder}: cannot be read: {cause}") from cause
+    ours = manifest is not None and manifest.kind == KIND
+    return adapter_from_files(files, str(folder), manifest.notes if manifest is not None and ours else None)
+
+
+def _modules(
+    config: LoRAConfig, tensors: Mapping[str, Tensor], parts: Parts, exact: Mapping[str, float], problems: list[str]
+) -> dict[str, LowRank]:
+    """Pair the factors and check them against the ranks and alphas that the configuration gives."""
+    try:
+        ranks = resolve(parts.modules, config.rank_pattern, config.rank)
+        alphas = resolve(parts.modules, config.alpha_pattern, config.alpha)
+    except AdapterError as error:
+        problems.append(error.message)
+        return {}
+    modules = {}
+    for path, (key_A, key_B) in parts.modules.items():
+        found = (tensors[key_A].shape[0], tensors[key_B].shape[1])
+        wrong = [
+            f"{key!r}: expected rank {ranks[path]}, as r or rank_pattern says, got {rank}"
+            for key, rank in zip((key_A, key_B), found, strict=True)
+            if rank != ranks[path]
+        ]
+        problems += wrong
+        derived = alphas[path] / divisor(ranks[path], config.use_rslora)
+        scaling = exact.get(path, derived)
+        if not abs(scaling - derived) <= _CLOSE * derived:
+            problems.append(f"{path}: the manifest's scaling {scaling!r} is not the configuration's {derived!r}")
+        elif not wrong:
+            try:
+                modules[path] = LowRank(tensors[key_A], tensors[key_B], scaling)
+            except AdapterError as error:
+                problems.append(f"{path}: {error.message}")
+        bias = parts.trained.get(f"{path}.bias")
+        if bias is not None and tensors[bias].shape != tensors[key_B].shape[:1]:
+            problems.append(
+                f"{bias!r}: expected shape {tuple(tensors[key_B].shape[:1])}, got {tuple(tensors[bias].shape)}"
+            )
+    return modules
+
+
+def _notes(adapter: Adapter) -> dict[str, Any]:
+    """Return what we know of an adapter that PEFT's files have no place for."""
+    scales = config_from_peft(config_to_peft(adapter), CONFIG)[0]
+    ranks = resolve(adapter.modules, scales.rank_pattern, scales.rank)
+    alphas = resolve(adapter.modules, scales.alpha_pattern, scales.alpha)
+    # Not every scaling is a quotient of two floats; where alpha gives it but for the last digit, it is noted.
+    inexact = {
+        path: float(pair.scaling).hex()
+        for path, pair in adapter.modules.items()
+        if alphas[path] / divisor(ranks[path], scales.use_rslora) != pair.scaling
+    }
+    values = asdict(adapter.metadata)
+    return {"digest": adapter.digest, "metadata": {key: values[key] for key in _NOTED}, "scalings": inexact}
+
+
+def _read_notes(notes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return digest, metadata and scalings from a manifest's notes, with their types checked."""
+    digest, metadata, scalings = notes.get("digest"), notes.get("metadata", {}), notes.get("scalings", {})
+    texts = [digest, *(metadata.values() if isinstance(metadata, dict) else [0])]
+    if not all(text is None or isinstance(text, str) for text in texts) or not set(metadata) <= set(_NOTED):
+        raise DamagedArtefactError(f"{where}: the manifest's notes must hold digest and {', '.join(_NOTED)} as strings")
+    try:
+        exact = {path: float.fromhex(text) for path, text in scalings.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise DamagedArtefactError(f"{where}: the manifest's scalings must be hexadecimal floats by module") from None
+    return {"digest": digest, "metadata": metadata, "scalings": exact}

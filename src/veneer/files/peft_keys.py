@@ -1,0 +1,189 @@
+"""The names of an adapter's tensors: every one is used, or is a problem with its name.
+
+Loaders that skip what they do not know give adapters without effect (vllm#34186, #48019; peft#1932, #2118).
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.config import LoRAConfig
+from veneer.errors import AdapterError
+from veneer.files.patterns import MAX_PATH
+from veneer.names import did_you_mean
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_UNSUPPORTED = (
+    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "an adapted embedding"),
+    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "a magnitude (DoRA)"),
+    (re.compile(r"\.lora_B(\.default)?\.bias$"), "a bias of lora_B (lora_bias)"),
+    (re.compile(r"\.token_adapter\."), "trainable tokens"),
+    (re.compile(r"\.base_layer\.(.+\.)?lora_[AB]\."), "stacked experts or attention projections (nested factors)"),
+    (re.compile(r"\.base_layer\.weight$"), "a base weight, as PEFT writes for embeddings"),
+    (re.compile(r"\.lora_E$|\.(hada|lokr|vera|oft|boft|ia3)_"), "another method than LoRA"),
+)
+# PEFT adds both to these tasks, and a model has one of them.
+_EITHER = ("classifier", "score")
+_CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the keys of a file stand for.
+
+    Args:
+        modules: Module path to the keys of lora_A and lora_B.
+        trained: Parameter path to its key.
+        problems: Keys that stand for nothing that can be used.
+    """
+
+    modules: Mapping[str, tuple[str, str]]
+    trained: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+def read_keys(tensors: Mapping[str, Tensor], prefix: str, where: str) -> Parts:
+    """Sort the tensors of a file into factors and parameters that trained whole.
+
+    Args:
+        tensors: The tensors by key.
+        prefix: What every key begins with.
+        where: What errors call the file.
+
+    Raises:
+        AdapterError: If no key has the prefix.
+    """
+    if not any(key.startswith(prefix) for key in tensors):
+        first = f"the first is {min(tensors)!r}" if tensors else "it holds none"
+        raise AdapterError(
+            f"{where}: expected keys that begin with {prefix!r}, {first}; PEFT would load nothing from it."
+            " If it is a state dict of the model, save it with PEFT's save_pretrained()"
+        )
+    factors: dict[str, dict[str, str]] = {}
+    rest: dict[str, str] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        problem = _key_problem(key, tensor, prefix)
+        if problem:
+            problems.append(f"{key!r}: {problem}")
+        elif found := _FACTOR.fullmatch(key, len(prefix)):
+            sides = factors.setdefault(found["path"], {})
+            if found["side"] in sides:
+                problems.append(f"{key!r}: stands for the same factor as {sides[found['side']]!r}")
+            sides[found["side"]] = key
+        else:
+            rest[key.removeprefix(prefix)] = key
+    modules = {path: (sides["A"], sides["B"]) for path, sides in factors.items() if len(sides) == 2}
+    for path, sides in factors.items():
+        if len(sides) == 1:
+            (side, key), other = next(iter(sides.items())), "B" if "A" in sides else "A"
+            problems.append(f"{key!r}: lora_{side} without lora_{other}{did_you_mean(path, modules)}")
+    trained = _trained(rest, modules, tensors, problems)
+    return Parts(modules, trained, tuple(problems))
+
+
+def trained_problems(
+    config: LoRAConfig, modules: Collection[str], trained: Iterable[str], task_type: str | None
+) -> list[str]:
+    """Return where what trained whole is not what `bias` and `modules_to_save` say.
+
+    Args:
+        config: The settings.
+        modules: Paths of adapted modules.
+        trained: Paths of parameters that trained whole.
+        task_type: PEFT's word for the head.
+
+    Example:
+        >>> trained_problems(LoRAConfig(bias="lora_only"), {"q"}, ["q.bias"], None)
+        []
+        >>> trained_problems(LoRAConfig(), {"q"}, ["q.bias"], None)
+        ["'q.bias': trained whole, but neither bias='none' nor modules_to_save=[] says so"]
+    """
+    problems, used = [], set()
+    for path in trained:
+        entries = {entry for entry in config.modules_to_save if _lies_under(path, entry)}
+        used |= entries
+        is_bias = path == "bias" or path.endswith(".bias")
+        by_bias = is_bias and (
+            config.bias == "all" or (config.bias == "lora_only" and path.removesuffix(".bias") in modules)
+        )
+        if not entries and not by_bias:
+            saved = list(config.modules_to_save)
+            problems.append(
+                f"{path!r}: trained whole, but neither bias={config.bias!r} nor modules_to_save={saved} says so"
+                f"{did_you_mean(path, [f'{module}.lora_A.weight' for module in modules])}"
+            )
+    unused = set(config.modules_to_save) - used
+    if task_type in _CLASSIFICATION and used & set(_EITHER):
+        unused -= set(_EITHER)
+    problems += [f"modules_to_save={entry!r}: no parameter of such a module is there" for entry in sorted(unused)]
+    for path in sorted(modules):
+        problems += [
+            f"{path!r}: adapted, and trained whole by modules_to_save={entry!r}; it can be only one"
+            for entry in config.modules_to_save
+            if f".{entry}." in f".{path}."
+        ]
+    return problems
+
+
+def _key_problem(key: str, tensor: Tensor, prefix: str) -> str | None:
+    """Return what is wrong with a key and its tensor taken alone."""
+    if not key.startswith(prefix):
+        return f"expected a key that begins with {prefix!r}"
+    name = key.removeprefix(prefix)
+    # A module is only ever looked up by its path, but no path that a model can have looks like this.
+    if len(name) > MAX_PATH + 32 or not name.isprintable() or not all(name.split(".")):
+        return f"not the path of a parameter (empty or unprintable parts, or longer than {MAX_PATH})"
+    for pattern, what in _UNSUPPORTED:
+        if pattern.search(key):
+            return f"{what} is not supported"
+    if _FACTOR.fullmatch(name) is None:
+        return None
+    shape = tuple(tensor.shape)
+    if tensor.ndim > 2:
+        return f"an adapted convolution is not supported (shape {shape})"
+    if tensor.ndim < 2 or 0 in shape:
+        return f"expected a matrix, got shape {shape}; were sharded weights (ZeRO-3, FSDP) not gathered before saving?"
+    return None
+
+
+def _trained(
+    rest: Mapping[str, str], modules: Collection[str], tensors: Mapping[str, Tensor], problems: list[str]
+) -> dict[str, str]:
+    """Return the parameters that trained whole, the biases of adapted layers by the layer's own name."""
+    trained: dict[str, str] = {}
+    for name, key in rest.items():
+        path = name
+        if name.endswith(".base_layer.bias"):
+            path = name.removesuffix(".base_layer.bias") + ".bias"
+            module = path.removesuffix(".bias")
+            if module not in modules:
+                problems.append(f"{key!r}: the bias of a layer that is not adapted{did_you_mean(module, modules)}")
+                continue
+        elif _is_copy(name, rest, tensors, problems):
+            continue
+        if path in trained:
+            problems.append(f"{key!r}: stands for the same parameter as {trained[path]!r}")
+        trained[path] = key
+    return trained
+
+
+def _is_copy(name: str, rest: Mapping[str, str], tensors: Mapping[str, Tensor], problems: list[str]) -> bool:
+    """Tell whether a key repeats a bias: with `bias="all"` PEFT writes those of saved modules three times."""
+    for infix in (".modules_to_save.bias", ".original_module.bias"):
+        plain = name.removesuffix(infix) + ".bias"
+        if name.endswith(infix) and plain in rest:
+            # The one of the original module is the base's own and has no effect.
+            if infix == ".modules_to_save.bias" and not torch.equal(tensors[rest[name]], tensors[rest[plain]]):
+                problems.append(f"{rest[name]!r}: differs from {rest[plain]!r}, of which it should be a copy")
+            return True
+    return False
+
+
+def _lies_under(path: str, entry: str) -> bool:
+    """Tell whether a parameter belongs to a module that `modules_to_save` names, by PEFT's rule: its path ends so."""
+    parts = path.split(".")
+    return any(".".join(parts[:count]).endswith(entry) for count in range(1, len(parts)))

@@ -1,0 +1,188 @@
+"""What an adapter would change in a model, said before anything is touched."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from veneer.config import LoRAConfig
+from veneer.names import layer_index
+from veneer.nn.attach import attachment_of
+from veneer.nn.heads import output_heads
+from veneer.nn.targets import Target, find_targets
+from veneer.nn.trained import TrainedParameter, trained_parameters
+
+FACTOR_BYTES = 4
+"""Factors are trained in float32."""
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A layer that would be adapted; `shape` is (out, in)."""
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """A parameter that would train whole."""
+
+    path: str
+    shape: tuple[int, ...]
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would train. `print(plan)` shows a table with one line for layers alike.
+
+    Args:
+        modules: Layers that get low-rank factors.
+        trained: Parameters that train whole beside them.
+        base_parameters: Parameters of the base model, tied ones counted once.
+    """
+
+    modules: tuple[PlannedModule, ...]
+    trained: tuple[PlannedParameter, ...]
+    base_parameters: int
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers would train."""
+        return sum(one.num_parameters for one in self.modules) + sum(one.num_parameters for one in self.trained)
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes they take."""
+        return sum(one.num_bytes for one in self.modules) + sum(one.num_bytes for one in self.trained)
+
+    @property
+    def trainable_share(self) -> float:
+        """What would train, as a share of the base model's parameters."""
+        return self.num_parameters / self.base_parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values, as `plan.json` holds it."""
+        return {
+            **asdict(self),
+            "num_parameters": self.num_parameters,
+            "num_bytes": self.num_bytes,
+            "trainable_share": self.trainable_share,
+        }
+
+    def table(self) -> list[dict[str, str]]:
+        """Return a line for each group of layers alike, and for each group of parameters that train whole."""
+        groups: dict[tuple[Any, ...], list[PlannedModule]] = {}
+        for one in self.modules:
+            name = one.path.rpartition(".")[2]
+            groups.setdefault((name, one.kind, one.shape, one.rank, one.scaling), []).append(one)
+        lines = [_line(key, alike) for key, alike in groups.items()]
+        for whole in self.trained:
+            shape = " × ".join(str(size) for size in whole.shape)
+            lines.append(_cells(whole.path, "whole", shape, "", "", "1", "", whole.num_parameters, whole.num_bytes))
+        return lines
+
+    def __str__(self) -> str:
+        return _aligned(self.table()) + (
+            f"\n{self.num_parameters:,} of {self.base_parameters:,} parameters"
+            f" ({self.trainable_share:.2%}), {self.num_bytes:,} bytes"
+        )
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """Say which layers a configuration adapts in a model, with shapes, parameters and bytes; nothing is touched.
+
+    Raises:
+        TargetError: If a pattern matches nothing or a layer cannot be adapted, as `attach` would.
+
+    Example:
+        >>> print(plan(nn.Sequential(nn.Linear(3, 4)), LoRAConfig(rank=2)))
+        target  kind    out × in  rank  scaling  layers  indices  parameters  bytes
+        0       linear     4 × 3     2        8       1                   14     56
+        14 of 16 parameters (87.50%), 56 bytes
+    """
+    targets = find_targets(model, config, skip=output_heads(model))
+    trained = trained_parameters(model, [target.path for target in targets], config, None)
+    return _plan(targets, trained, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Return the plan that the attached adapter came from.
+
+    Raises:
+        AttachError: If no adapter is attached.
+    """
+    attachment = attachment_of(model)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    factors = sum(target.num_parameters for target in attachment.targets)
+    return _plan(attachment.targets, attachment.trained, everything - factors)
+
+
+def _plan(targets: Sequence[Target], trained: Mapping[str, TrainedParameter], base_parameters: int) -> Plan:
+    return Plan(
+        modules=tuple(_module(target) for target in targets),
+        trained=tuple(
+            PlannedParameter(path, tuple(one.shape), one.numel(), one.numel() * one.element_size())
+            for path, one in ((path, entry.original) for path, entry in trained.items())
+        ),
+        base_parameters=base_parameters,
+    )
+
+
+def _module(target: Target) -> PlannedModule:
+    return PlannedModule(
+        path=target.path,
+        kind=target.kind.name,
+        shape=(target.out_features, target.in_features),
+        rank=target.rank,
+        scaling=target.scaling,
+        num_parameters=target.num_parameters,
+        num_bytes=target.num_parameters * FACTOR_BYTES,
+    )
+
+
+def _line(key: tuple[Any, ...], alike: Sequence[PlannedModule]) -> dict[str, str]:
+    name, kind, (out_features, in_features), rank, scaling = key
+    indices = _ranges(sorted({index for one in alike if (index := layer_index(one.path)) is not None}))
+    parameters = sum(one.num_parameters for one in alike)
+    shape = f"{out_features} × {in_features}"
+    num_bytes = sum(one.num_bytes for one in alike)
+    return _cells(name, kind, shape, str(rank), f"{scaling:g}", str(len(alike)), indices, parameters, num_bytes)
+
+
+def _cells(*values: Any) -> dict[str, str]:
+    names = ("target", "kind", "out × in", "rank", "scaling", "layers", "indices", "parameters", "bytes")
+    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in zip(names, values, strict=True)}
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers in short: 0-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _aligned(lines: Iterable[dict[str, str]]) -> str:
+    """Return a table in plain text: words to the left, numbers to the right."""
+    rows = list(lines)
+    if not rows:
+        return ""
+    head = {name: name for name in rows[0]}
+    widths = {name: max(len(row[name]) for row in [head, *rows]) for name in head}
+    left = {"target", "kind", "indices"}
+    return "\n".join(
+        "  ".join(row[n].ljust(widths[n]) if n in left else row[n].rjust(widths[n]) for n in head).rstrip()
+        for row in [head, *rows]
+    )

@@ -1,0 +1,75 @@
+"""The loss of a model on rows, over supervised tokens only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.data.batches import make_batch, pack
+from veneer.data.encode import EncodedRow
+from veneer.ops.loss import chunk_rows, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean loss in nats per supervised token, and of how many tokens it is the mean."""
+
+    mean: float
+    num_supervised: int
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(mean)`; infinite where that is too large for a float."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
+    """Return the summed cross-entropy of a batch's supervised tokens, a scalar; needs `ragged_attention(model)`.
+
+    Only the hidden states that predict a supervised token go through the head, in chunks.
+    """
+    places, targets = (part.to(model.device) for part in batch.predictions())
+    hidden = hidden_states(model, batch)[places]
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        return linear_cross_entropy(hidden, head.weight, head.bias, targets)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return _through_any_head(head, hidden, targets, chunk_rows(vocabulary, hidden.element_size()))
+
+
+def evaluate_loss(model: PreTrainedModel, rows: Sequence[EncodedRow], *, tokens_per_batch: int = 4096) -> Loss:
+    """Return the mean loss of rows in evaluation mode; the model's mode is restored.
+
+    Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone.
+    """
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.no_grad(), ragged_attention(model):
+            for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
+                batch = make_batch([rows[index] for index in part])
+                total += summed_loss(model, batch).item()
+                count += int(batch.supervised.sum())
+    finally:
+        model.train(training)
+    return Loss(total / count, count)
+
+
+def _through_any_head(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, step: int) -> Tensor:
+    """Return the summed loss through a head that trains or is adapted; each chunk's logits are computed twice."""
+    parts = [
+        checkpoint(_chunk_loss, head, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(hidden_ND.split(step), targets_N.split(step), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _chunk_loss(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_ND).float(), targets_N, reduction="sum")

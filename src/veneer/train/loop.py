@@ -1,0 +1,251 @@
+"""The training loop, from the first row to the committed adapter."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapter import Adapter
+from veneer.base.ragged import check_ragged, ragged_attention
+from veneer.config import RunConfig, TrainConfig
+from veneer.data.batches import Step, epoch_steps
+from veneer.data.encode import EncodedRows
+from veneer.errors import InterruptedRunError, NonFiniteError
+from veneer.files.peft import load_adapter, save_adapter
+from veneer.nn.attach import attachment_of, current_adapter
+from veneer.scoring.loss import evaluate_loss
+from veneer.train.checkpoint import TrainState, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from veneer.train.folder import ADAPTER, CHECKPOINTS, Metrics
+from veneer.train.interrupt import StopFlag, StopRequested, stop_flag
+from veneer.train.optimizer import FlatAdamW
+from veneer.train.prepare import PreparedData
+from veneer.train.progress import Progress, progress_bar
+from veneer.train.report import draw_losses, model_card
+from veneer.train.schedule import learning_rate
+from veneer.train.step import peak_rss_bytes, train_step
+
+log = logging.getLogger("veneer")
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Args:
+        adapter: The adapter as it was saved.
+        folder: The run folder.
+        steps: Optimiser steps done.
+        loss: Training loss of the last step.
+        eval_loss_before: Evaluation loss of the base, None without evaluation rows.
+        eval_loss: Evaluation loss of the adapter.
+        tokens: Tokens trained on.
+        seconds: Seconds spent in steps.
+        peak_rss_bytes: Most memory that the process held.
+        bad_rows: "file:line: what is wrong" for every row left out.
+    """
+
+    adapter: Adapter
+    folder: Path
+    steps: int
+    loss: float
+    eval_loss_before: float | None
+    eval_loss: float | None
+    tokens: int
+    seconds: float
+    peak_rss_bytes: int
+    bad_rows: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on per second spent in steps."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Run:
+    """The parts of a run that its functions share; every one of them is named in `train_adapter`."""
+
+    model: PreTrainedModel
+    data: PreparedData
+    config: RunConfig
+    folder: Path
+    metrics: Metrics
+    optimizer: FlatAdamW
+    state: TrainState
+    stop: StopFlag
+    progress: Progress
+
+
+def train_adapter(
+    model: PreTrainedModel, data: PreparedData, config: RunConfig, folder: Path, made_with: dict[str, Any]
+) -> TrainResult:
+    """Train the attached adapter, from where the run folder stands, and commit it.
+
+    Args:
+        model: The model with the adapter attached.
+        data: The run's rows.
+        config: The run.
+        folder: The run folder; its newest sound checkpoint is gone on from.
+        made_with: What must be the same for a checkpoint to be gone on from.
+
+    Raises:
+        BaseModelError: If the model cannot take ragged batches.
+        NonFiniteError: If loss or gradient are not finite; checkpoints stand, nothing was updated.
+        InterruptedRunError: If the run was asked to stop; a checkpoint was committed.
+    """
+    check_ragged(model)
+    schedule = list(_schedule(data.train, config.train, config.seed))
+    parameters = attachment_of(model).parameters()
+    optimizer = FlatAdamW(parameters, weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
+    metrics = Metrics(folder)
+    with _own_random_state(config.seed), stop_flag() as stop, progress_bar(len(schedule)) as progress:
+        state = TrainState(made_with=made_with)
+        newest, damaged = newest_checkpoint(folder / CHECKPOINTS)
+        for line in damaged:
+            log.warning("a damaged checkpoint is passed over: %s", line)
+        if newest is not None:
+            state, random_state = load_checkpoint(newest, parameters, optimizer, made_with)
+            torch.set_rng_state(random_state)
+            log.info("going on from %s", newest)
+        metrics.forget_after(state.step if newest is not None else -1)
+        run = _Run(model, data, config, folder, metrics, optimizer, state, stop, progress)
+        model.train()
+        try:
+            with ragged_attention(model):
+                _all_steps(run, schedule)
+        finally:
+            model.eval()
+            draw_losses(metrics.read(), folder)
+    return _finish(run)
+
+
+def _all_steps(run: _Run, schedule: list[tuple[int, Step]]) -> None:
+    """Do the steps that are left, with evaluations and checkpoints in between."""
+    state, settings = run.state, run.config.train
+    random_state = torch.get_rng_state()
+    try:
+        if state.step == 0:
+            _evaluate(run, epoch=0.0)
+        for number, (epoch, step) in enumerate(schedule[state.step :], start=state.step + 1):
+            random_state = torch.get_rng_state()
+            run.stop.check()
+            rate = learning_rate(settings, number, len(schedule))
+            figures = train_step(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check)
+            random_state = torch.get_rng_state()
+            state.step = number
+            state.tokens += figures["tokens"]
+            state.supervised_tokens += figures["supervised_tokens"]
+            state.seconds += figures.pop("seconds")
+            line = {"step": number, "epoch": round(number / len(schedule) * settings.epochs, 4), **figures}
+            run.metrics.write(line)
+            run.progress.step(line)
+            last = number == len(schedule)
+            ends_epoch = last or schedule[number][0] != epoch
+            due = number % settings.eval_every == 0 if settings.eval_every else ends_epoch
+            if (due or last) and _evaluate(run, line["epoch"]):
+                log.info("stopped early after step %d: no better evaluation in %d", number, settings.patience)
+                last = True
+            if last or number % settings.checkpoint_every == 0:
+                _checkpoint(run, random_state)
+            if last:
+                break
+    except StopRequested as request:
+        run.optimizer.zero_grad()
+        if state.step and not _is_saved(run):
+            _checkpoint(run, random_state)
+        raise InterruptedRunError(
+            f"stopped by {request} after step {state.step} of {len(schedule)}; {run.folder} is in good order, "
+            "go on with --resume"
+        ) from None
+    except NonFiniteError as error:
+        rows = run.data.train.rows
+        sources = [rows[index].source for micro in schedule[state.step][1] for index in micro]
+        raise NonFiniteError(
+            f"step {state.step + 1}: {error.message}; the update was not applied, checkpoints stand in {run.folder}",
+            error.problems or sources,
+        ) from None
+
+
+def _evaluate(run: _Run, epoch: float) -> bool:
+    """Evaluate where there are rows to; return whether the run's patience is at its end."""
+    if run.data.eval is None:
+        return False
+    state, patience = run.state, run.config.train.patience
+    loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=run.config.train.tokens_per_micro_batch)
+    run.metrics.write({"step": state.step, "epoch": epoch, "eval_loss": loss.mean})
+    run.progress.evaluated(loss.mean)
+    if state.best_eval_loss is None or loss.mean < state.best_eval_loss:
+        state.best_eval_loss, state.stale_evaluations = loss.mean, 0
+        if patience is not None and state.step:
+            save_adapter(current_adapter(run.model), run.folder / CHECKPOINTS / BEST, replace=True)
+        return False
+    state.stale_evaluations += 1
+    return patience is not None and state.stale_evaluations >= patience
+
+
+def _checkpoint(run: _Run, random_state: Tensor) -> None:
+    folder, keep = run.folder / CHECKPOINTS, run.config.train.keep_checkpoints
+    save_checkpoint(folder, current_adapter(run.model), run.optimizer, run.state, random_state, keep)
+
+
+def _is_saved(run: _Run) -> bool:
+    saved = checkpoints(run.folder / CHECKPOINTS)
+    return bool(saved) and saved[-1].name == f"step-{run.state.step:06d}"
+
+
+def _finish(run: _Run) -> TrainResult:
+    """Commit the adapter: the last one, or the best one where the run was told to be patient."""
+    lines = run.metrics.read()
+    best = run.folder / CHECKPOINTS / BEST
+    adapter = load_adapter(best) if best.is_dir() else current_adapter(run.model)
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    result = TrainResult(
+        adapter=adapter,
+        folder=run.folder,
+        steps=run.state.step,
+        loss=next(line["loss"] for line in reversed(lines) if "loss" in line),
+        eval_loss_before=evaluations[0] if evaluations else None,
+        eval_loss=(run.state.best_eval_loss if best.is_dir() else evaluations[-1]) if evaluations else None,
+        tokens=run.state.tokens,
+        seconds=run.state.seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        bad_rows=run.data.bad,
+    )
+    card = model_card(adapter, run.config, run.data, result.eval_loss_before, result.eval_loss)
+    save_adapter(adapter, run.folder / ADAPTER, card=card, replace=True)
+    return result
+
+
+def _schedule(rows: EncodedRows, config: TrainConfig, seed: int) -> Iterator[tuple[int, Step]]:
+    """Yield every step of the run with its epoch."""
+    lengths = [len(row.token_ids) for row in rows.rows]
+    left = config.max_steps
+    for epoch in range(config.epochs):
+        for step in epoch_steps(
+            lengths,
+            seed=seed,
+            epoch=epoch,
+            tokens_per_step=config.tokens_per_step,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+        ):
+            if left is not None:
+                if left == 0:
+                    return
+                left -= 1
+            yield epoch, step
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Draw from a generator seeded for the run within the block; the caller's random state is as before."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

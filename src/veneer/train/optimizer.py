@@ -1,0 +1,93 @@
+"""AdamW over one flat buffer: the trained parameters and their gradients are views of it.
+
+Hundreds of small tensors would cost hundreds of small operations a step; a flat buffer costs a handful, and its norm
+is one norm.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import NonFiniteError
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class FlatAdamW:
+    """AdamW whose state lies beside one flat buffer of all parameters.
+
+    Equals, and is tested against, `torch.optim.AdamW` over the parameters one by one, with
+    `torch.nn.utils.clip_grad_norm_` before each step.
+
+    Args:
+        parameters: What trains, by name; floating, of one dtype and on one device. Each becomes a view of the buffer.
+        weight_decay: Decoupled decay.
+        max_grad_norm: Gradients are scaled down to this norm; None means never.
+
+    Cost:
+        12 bytes of state and gradient for each float32 parameter, about 30 bytes of traffic a step.
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, max_grad_norm: float | None
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._max_grad_norm = max_grad_norm
+        self._flat = nn.Parameter(torch.cat([one.detach().reshape(-1) for one in parameters.values()]))
+        self._gradient = torch.zeros_like(self._flat)
+        self._flat.grad = self._gradient
+        for name, view in self._views(self._flat.data).items():
+            self._parameters[name].data = view
+        for name, view in self._views(self._gradient).items():
+            self._parameters[name].grad = view
+        self._inner = torch.optim.AdamW([self._flat], betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; return the norm of the gradient before clipping.
+
+        Raises:
+            NonFiniteError: If the gradient is not finite, with the parameters named; nothing was updated.
+        """
+        norm = torch.linalg.vector_norm(self._gradient).item()
+        if not norm < float("inf"):
+            raise NonFiniteError(
+                "the gradient is not finite; the update was not applied",
+                [name for name, view in self._views(self._gradient).items() if not view.isfinite().all()],
+            )
+        if self._max_grad_norm is not None and norm > self._max_grad_norm:
+            self._gradient.mul_(self._max_grad_norm / (norm + 1e-6))
+        self._inner.param_groups[0]["lr"] = learning_rate
+        self._inner.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Clear the gradients in place."""
+        self._gradient.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the two moments of every parameter, as `NAME.exp_avg` and `NAME.exp_avg_sq`; nothing before step 1."""
+        inner = self._inner.state[self._flat]
+        return {
+            f"{name}.{moment}": view.clone()
+            for moment in ("exp_avg", "exp_avg_sq")
+            if moment in inner
+            for name, view in self._views(inner[moment]).items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Take up the moments that `state` returned after a number of steps."""
+        inner = self._inner.state[self._flat]
+        inner["step"] = torch.tensor(float(steps), device=self._flat.device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            inner[moment] = torch.cat([state[f"{name}.{moment}"].reshape(-1) for name in self._parameters])
+
+    def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the part of a flat buffer that belongs to each parameter, in its shape."""
+        parts = flat.split([one.numel() for one in self._parameters.values()])
+        return {name: part.view(one.shape) for (name, one), part in zip(self._parameters.items(), parts, strict=True)}

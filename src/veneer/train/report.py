@@ -1,0 +1,87 @@
+"""What a run leaves for people: a picture of its losses, and a model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from veneer.adapter import Adapter
+from veneer.config import RunConfig
+from veneer.train.prepare import PreparedData
+
+PICTURE = "loss.png"
+
+
+def draw_losses(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Draw `loss.png` from the lines of `metrics.jsonl`; nothing where there is no step yet."""
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not steps:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*steps, strict=True), color="#9db4c8", linewidth=1, label="training, each step")
+    if len(steps) >= 20:
+        axes.plot(*zip(*_smooth(steps), strict=True), color="#1f4e79", linewidth=2, label="training, running mean")
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="#c8553d", markersize=4, label="evaluation")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(folder / PICTURE, dpi=120)
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the running mean over a tenth of the steps."""
+    width = max(2, len(points) // 10)
+    losses = [loss for _, loss in points]
+    return [(points[end - 1][0], sum(losses[end - width : end]) / width) for end in range(width, len(points) + 1)]
+
+
+def model_card(
+    adapter: Adapter, run: RunConfig, data: PreparedData, eval_loss_before: float | None, eval_loss: float | None
+) -> str:
+    """Return the README of an adapter: what it is, what it was made of, how well it does, how to use it."""
+    share = f"{adapter.num_parameters:,} parameters, {adapter.num_bytes:,} bytes, rank {adapter.config.rank}"
+    if eval_loss is None or eval_loss_before is None:
+        result = "No evaluation rows were given."
+    else:
+        result = (
+            f"Loss on the {len(data.eval.rows) if data.eval else 0:,} evaluation rows: "
+            f"{eval_loss_before:.4f} before, {eval_loss:.4f} after (nats per supervised token)."
+        )
+    settings = "\n".join(f"    {key}: {json.dumps(value)}" for key, value in run.train.model_dump(mode="json").items())
+    return f"""---
+base_model: {json.dumps(adapter.metadata.base)}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, veneer]
+---
+
+# LoRA adapter for {adapter.metadata.base}
+
+{share}. Digest `{adapter.digest}`.
+
+## Result
+
+{result}
+
+## Made of
+
+{len(data.train.rows):,} {data.row_format} rows, {data.train.num_tokens:,} tokens an epoch, of them
+{data.train.num_supervised:,} supervised; {len(data.bad):,} rows left out. SHA-256 of the training file:
+`{data.digests["train"]}`. Base fingerprint: `{adapter.metadata.base_fingerprint}`. Seed {run.seed}.
+
+{settings}
+
+## Use
+
+    veneer generate {run.base} --adapter FOLDER --prompt "..."
+
+    from peft import PeftModel                      # the files are PEFT's
+    model = PeftModel.from_pretrained(base, FOLDER)
+"""

@@ -1,0 +1,122 @@
+"""Loading a base: where from, frozen, tied, in which dtype."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from veneer.base import load as load_module
+from veneer.base.catalog import EMBEDDED
+from veneer.base.gguf import cache_folder, converted_gguf
+from veneer.base.load import compute_dtype, has_bf16_units, load_base
+from veneer.errors import BaseModelError
+from veneer.nn.fingerprint import fingerprint
+
+
+def test_a_folder_loads_frozen_and_tied(tiny_base):
+    model, tokenizer = load_base(str(tiny_base))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.chat_template is not None
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_16_bit_weights_compute_in_float32_without_units_and_the_log_says_so(tiny_base, tmp_path, caplog, monkeypatch):
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = (folder / "config.json").read_text().replace('"float32"', '"bfloat16"')
+    (folder / "config.json").write_text(config)
+    monkeypatch.setattr(load_module, "has_bf16_units", lambda: False)
+    with caplog.at_level(logging.INFO, logger="veneer"):
+        model, _ = load_base(str(folder))
+    assert model.dtype == torch.float32
+    assert "computes in float32: this processor has no units for bfloat16" in caplog.text
+    monkeypatch.setattr(load_module, "has_bf16_units", lambda: True)
+    half, _ = load_base(str(folder))
+    assert half.dtype == torch.bfloat16
+    assert fingerprint(half) == fingerprint(model), "the fingerprint does not depend on the loading dtype"
+
+
+@pytest.mark.parametrize("stored", [None, torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_is_one_that_the_processor_is_fast_in(stored):
+    dtype, reason = compute_dtype(stored, torch.device("cpu"))
+    assert dtype in (torch.float32, torch.float64, *([torch.bfloat16] if has_bf16_units() else []))
+    assert reason
+    assert compute_dtype(stored, torch.device("cuda"))[0] == (stored or torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("no/such/folder/at all", "no such file or directory"),
+        ("smollm", None),
+        ("missing.gguf", "no such file"),
+        ("org/model", "cannot be loaded from the hub"),
+    ],
+)
+def test_a_base_that_is_not_there_is_one_clear_error(base, message):
+    with pytest.raises(BaseModelError, match=message):
+        load_base(base)
+
+
+def test_files_and_folders_that_hold_no_model(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(BaseModelError, match=r"expected a directory, a hub id or a .gguf file"):
+        load_base(str(tmp_path / "a.txt"))
+    with pytest.raises(BaseModelError, match="without config.json"):
+        load_base(str(tmp_path / "tiny"))
+    with pytest.raises(BaseModelError, match="nearest"):
+        load_base(str(tmp_path / "tiny.gguf"))
+
+
+def test_a_file_that_is_no_gguf_is_refused_and_leaves_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    fake = tmp_path / "fake.gguf"
+    fake.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(BaseModelError, match="cannot be read as a GGUF model"):
+        load_base(str(fake))
+    assert not [path for path in (tmp_path / "cache" / "gguf").iterdir()]
+    with pytest.raises(BaseModelError, match="is damaged: expected SHA-256 00"):
+        converted_gguf(fake, expected_sha256="00")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("VENEER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "veneer"
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.model
+def test_the_embedded_model_is_converted_once_and_tied(smollm2):
+    model, tokenizer = smollm2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert model.dtype == torch.float32
+    assert len(list((cache_folder() / "gguf").glob("b179c95*"))) == 1
+    assert "assistant" in tokenizer.chat_template
+
+
+@pytest.mark.model
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, smollm2, caplog):
+    """The copy in the cache is vouched for by its manifest; one that was changed is not loaded."""
+    source = next((cache_folder() / "gguf").glob("b179c95*"))
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    copy = tmp_path / "gguf" / source.name
+    shutil.copytree(source, copy)
+    (copy / "config.json").write_text("{}")
+    made = []
+    monkeypatch.setattr("veneer.base.gguf._convert", lambda _, folder: made.append((folder / "new").write_text("x")))
+
+
+    assert converted_gguf(EMBEDDED["smollm2"].path()) == copy
+    assert made
+    assert "damaged" in caplog.text
+    assert (copy / "new").exists()
