@@ -115,7 +115,6 @@ def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, smollm2, caplog):
     made = []
     monkeypatch.setattr("veneer.base.gguf._convert", lambda _, folder: made.append((folder / "new").write_text("x")))
 
-
     assert converted_gguf(EMBEDDED["smollm2"].path()) == copy
     assert made
     assert "damaged" in caplog.text

@@ -7,7 +7,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -44,8 +43,6 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
@@ -108,7 +105,9 @@ def test_models_that_cannot_are_refused_with_the_reason():
         assert "GPT2" in str(error)  # noqa: PT017 (either answer is right, silence about a wrong one is not)
     else:
         gpt2.eval()
-        torch.testing.assert_close(ragged_logits(gpt2, batch_of()), logits_alone(gpt2, batch_of()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ragged_logits(gpt2, batch_of()), logits_alone(gpt2, batch_of()), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_sizes_that_disagree_are_refused():

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.conftest import tiny_tokenizer
+
 from veneer.data.encode import encode_rows, prompt_ids, template_digest
 from veneer.data.rows import ChatRow, CompletionRow, Message, Prompt, TextRow, as_prompt
 from veneer.errors import DataError

@@ -1,7 +1,7 @@
 """What `eval` and `generate` share: a base with an adapter in it, and settings of generation."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import veneer
 from veneer.errors import ConfigError
@@ -28,7 +28,7 @@ def sampling_from(settings: Sequence[str] | None) -> "SamplingConfig":
     Raises:
         ConfigError: If one is not `key=value`, unknown, or no number.
     """
-    values: dict[str, int | float] = {}
+    values: dict[str, Any] = {}
     for setting in settings or ():
         key, equals, text = setting.partition("=")
         known = veneer.SamplingConfig.model_fields

@@ -34,6 +34,7 @@ _PREFIX = "base_model.model."
 _PICKLE = "adapter_model.bin"
 _NOTED = ("base_fingerprint", "row_format", "template_digest")
 _CLOSE = 1e-12
+_MAX_CONFIG = 8 << 20
 
 
 def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, bytes]:
@@ -82,7 +83,8 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     Raises:
         AdapterError: If a key is not understood, a value has the wrong shape, or anything is missing; all at once.
     """
-    config, metadata = config_from_peft(parse_json(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+    raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=_MAX_CONFIG)
+    config, metadata = config_from_peft(raw, f"{where}/{CONFIG}")
     place = f"{where}/{TENSORS}"
     tensors = parse_tensors(files[TENSORS], place)
     parts = read_keys(tensors, _PREFIX, place)

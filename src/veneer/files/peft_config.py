@@ -84,7 +84,7 @@ def config_from_peft(raw: Any, where: str) -> tuple[LoRAConfig, AdapterMetadata]
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"{where}: expected peft_type 'LORA', got {raw.get('peft_type')!r}; only LoRA is read")
     problems = _unusable_keys(raw) + _initialisation_problems(raw.get("init_lora_weights"))
-    values = {
+    values: dict[str, Any] = {
         "rank": number(raw, "r", _PEFT_RANK, problems, whole=True),
         "alpha": number(raw, "lora_alpha", _PEFT_ALPHA, problems),
         "dropout": dropout(raw, "lora_dropout", problems),
@@ -193,8 +193,8 @@ def _initialisation_problems(value: Any) -> list[str]:
         return []
     if any(name == one or name.startswith(f"{one}_niter_") for one in _CHANGING_INITS):
         return [
-            f"init_lora_weights: {value!r} changed the base model's weights, so this file alone is wrong on the original"
-            " base; convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights: {value!r} changed the base model's weights, so this file alone is wrong on the"
+            " original base; convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         ]
     near = did_you_mean(name, (*_HARMLESS_INITS, *_CHANGING_INITS))
     return [f"init_lora_weights: unknown initialisation {show(value)}{near}"]

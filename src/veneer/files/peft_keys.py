@@ -23,7 +23,7 @@ _UNSUPPORTED = (
     (re.compile(r"\.token_adapter\."), "trainable tokens"),
     (re.compile(r"\.base_layer\.(.+\.)?lora_[AB]\."), "stacked experts or attention projections (nested factors)"),
     (re.compile(r"\.base_layer\.weight$"), "a base weight, as PEFT writes for embeddings"),
-    (re.compile(r"\.lora_E$|\.(hada|lokr|vera|oft|boft|ia3)_"), "another method than LoRA"),
+    (re.compile(r"\.(lora_E|(hada|lokr)_[wt]\d(_[ab])?|vera_lambda_[bd]|ia3_l)$"), "another method than LoRA"),
 )
 # PEFT adds both to these tasks, and a model has one of them.
 _EITHER = ("classifier", "score")
