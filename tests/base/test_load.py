@@ -69,7 +69,7 @@ def test_files_and_folders_that_hold_no_model(tmp_path):
     (tmp_path / "tiny").mkdir()
     with pytest.raises(BaseModelError, match=r"expected a directory, a hub id or a .gguf file"):
         load_base(str(tmp_path / "a.txt"))
-    with pytest.raises(BaseModelError, match="without config.json"):
+    with pytest.raises(BaseModelError, match="without config"):
         load_base(str(tmp_path / "tiny"))
     with pytest.raises(BaseModelError, match="nearest"):
         load_base(str(tmp_path / "tiny.gguf"))
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_no_cache(tmp_path, monkeyp
     fake.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(BaseModelError, match="cannot be read as a GGUF model"):
         load_base(str(fake))
-    assert not [path for path in (tmp_path / "cache" / "gguf").iterdir()]
+    assert not list((tmp_path / "cache" / "gguf").iterdir())
     with pytest.raises(BaseModelError, match="is damaged: expected SHA-256 00"):
         converted_gguf(fake, expected_sha256="00")
 

@@ -93,7 +93,7 @@ def test_stopped_anywhere_and_resumed_a_run_ends_with_the_same_bytes(make_run, m
 
     original = StopFlag.check
     monkeypatch.setattr(StopFlag, "check", check)
-    with pytest.raises(InterruptedRunError, match="stopped by SIGINT .* go on with --resume"):
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT .* go on with --resume"):
         run(config)
     assert not (Path(config.out) / "adapter").exists()
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_resume_refuses_what_has_changed_and_names_it(make_run, tmp_path):
     with pytest.raises(OutputError, match=r"settings.train.learning_rate: was 0.01, is 0.5"):
         run(changed, existing="resume")
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(OutputError, match="data.train: was"):
+    with pytest.raises(OutputError, match=r"data\.train: was"):
         run(config, existing="resume")
 
 

@@ -64,5 +64,5 @@ def test_overrides_that_cannot_be_used(tmp_path, override):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, GOOD)
-    with pytest.raises(ConfigError, match="run.yaml"):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
         read_run_file(str(tmp_path / "rum.yaml"))

@@ -58,6 +58,7 @@ def load_model(
         dtype, reason = compute_dtype(stored, torch.device(device))
         log.info("%s computes in %s: %s", source.name, _name(dtype), reason)
     model = _pretrained(AutoModelForCausalLM, source, dtype=dtype)
+    model.name_or_path = source.name  # a converted file is known by its own name, not by its place in our cache
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -103,4 +104,4 @@ def _pretrained(factory: Any, source: Source, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         where = "its directory" if source.is_local else "the hub (or its local cache)"
         first = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"base {source.name!r} cannot be loaded from {where}: {first}") from error
+        raise BaseModelError(f"base {source.name!r} cannot be loaded from {where}: {first}{source.hint}") from error

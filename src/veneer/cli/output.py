@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -41,12 +42,18 @@ def print_table(
     title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = (), fold: Sequence[str] = ()
 ) -> None:
     """Print rows as a table that aligns; columns named in `right` hold numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
     for name in rows[0]:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name not in fold)
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
-    Console().print(table)
+    stdout().print(table)
+
+
+def stdout() -> Console:
+    """Return standard output: as wide as the terminal, and wide enough for everything where it is none."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def escape(text: str) -> str:
@@ -57,9 +64,11 @@ def escape(text: str) -> str:
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Print names and values in two aligned columns."""
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, escape(str(value)))
-    Console().print(table)
+    stdout().print(table)
 
 
 def print_bad_rows(bad_rows: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ def show(
             "norm of the update": f"{summary.norm:.4g}",
         }
     )
+    untrained = any(target.untrained for target in summary.targets)
     rows = [
         {
             "target": target.name,
@@ -41,9 +42,8 @@ def show(
             "rank": target.rank,
             "scaling": f"{target.scaling:g}",
             "parameters": f"{target.num_parameters:,}",
-            "bytes": f"{target.num_bytes:,}",
             "norm": f"{target.norm:.4g}",
-            "untrained": target.untrained,
+            **({"lora_B zero": target.untrained} if untrained else {}),
         }
         for target in summary.targets
     ]

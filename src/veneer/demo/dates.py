@@ -15,7 +15,7 @@ from veneer.names import did_you_mean
 
 ChatDict: TypeAlias = dict[str, list[dict[str, str]]]
 
-INSTRUCTION = "Write the date as YYYY-MM-DD, for example 2024-01-31."
+INSTRUCTION = "Write the date as YYYY-MM-DD."
 LOCALES = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "nb", "pl", "cs")
 FORMATS = ("full", "long", "medium")
 

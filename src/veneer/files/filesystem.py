@@ -59,13 +59,17 @@ class FileSystem:
         Raises:
             OSError: If it cannot be read, is not a regular file, or is longer than `max_bytes`.
         """
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path}: not a regular file")
+        too_long = OSError(f"{path}: longer than the limit of {max_bytes} bytes")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise too_long
         with path.open("rb") as file:
-            # One byte more than allowed shows a file that grew after it was measured.
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            # One byte more than there should be shows a file that grew after it was measured.
+            data = file.read() if max_bytes is None else file.read(status.st_size + 1)
         if max_bytes is not None and len(data) > max_bytes:
-            raise OSError(f"{path}: longer than the limit of {max_bytes} bytes")
+            raise too_long
         return data
 
     def measure(self, path: Path) -> tuple[int, str]:

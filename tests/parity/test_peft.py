@@ -1,0 +1,142 @@
+"""Parity with PEFT on the real model: what one saves, the other loads to the same logits."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import veneer
+from veneer.base.ragged import RaggedBatch, ragged_attention
+from veneer.nn.attach import attachment_of
+from veneer.scoring.loss import summed_loss
+
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::FutureWarning")]
+peft = pytest.importorskip("peft")
+
+SETTINGS = {
+    "all linear": ({"rank": 8, "alpha": 16}, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+    "patterns and rslora": (
+        {
+            "rank": 4,
+            "alpha": 6,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {r"layers\.3\.mlp\.down_proj": 2},
+            "alpha_pattern": {"q_proj": 10},
+            "use_rslora": True,
+        },
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {r"layers\.3\.mlp\.down_proj": 2},
+            "alpha_pattern": {"q_proj": 10},
+            "use_rslora": True,
+        },
+    ),
+    "some layers and a whole module": (
+        {"rank": 2, "target_modules": ["v_proj"], "layers_to_transform": [0, 29], "modules_to_save": ["norm"]},
+        {
+            "r": 2,
+            "lora_alpha": 16,
+            "target_modules": ["v_proj"],
+            "layers_to_transform": [0, 29],
+            "modules_to_save": ["norm"],
+        },
+    ),
+}
+IDS = torch.arange(48).reshape(2, 24) * 991 % 49_000
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def fill(parameters, seed: int = 0) -> None:
+    """Give an adapter numbers that change the model by much more than rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def saved_by_peft(model, folder: Path, settings: dict) -> torch.Tensor:
+    """Save a filled PEFT adapter and return its logits; the model is given back bare."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM")).eval()
+    fill(parameter for parameter in wrapped.parameters() if parameter.requires_grad)
+    wrapped.save_pretrained(folder)
+    expected = logits(wrapped)
+    bare = wrapped.unload()
+    assert bare is model
+    model.requires_grad_(False)
+    return expected
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_we_save_peft_loads(name, smollm2, tmp_path):
+    model, _ = smollm2
+    base = logits(model)
+    veneer.attach(model, veneer.LoRAConfig(**SETTINGS[name][0]))
+    fill(attachment_of(model).parameters().values())
+    ours = logits(model)
+    veneer.save_adapter(veneer.detach(model), tmp_path / "adapter")
+    assert torch.equal(logits(model), base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a missing or unexpected key is a warning there
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    theirs = logits(loaded)
+    loaded.unload()
+    model.requires_grad_(False)
+    assert difference(ours, theirs) <= 1e-5
+    assert difference(ours, base) > 1e-2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_peft_saves_we_load(name, smollm2, tmp_path):
+    model, _ = smollm2
+    theirs = saved_by_peft(model, tmp_path / "peft", SETTINGS[name][1])
+    adapter = veneer.load_adapter(tmp_path / "peft")
+    veneer.attach(model, adapter)
+    ours = logits(model)
+    assert veneer.detach(model).digest == adapter.digest
+    assert difference(ours, theirs) <= 1e-5
+    veneer.save_adapter(adapter, tmp_path / "again")
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "peft" / weights).read_bytes()
+
+
+def test_gradients_equal_pefts(smollm2, tmp_path):
+    """The same adapter, the same tokens: loss and every gradient agree."""
+    model, _ = smollm2
+    settings = SETTINGS["all linear"][1]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM")).eval()
+    fill(parameter for parameter in wrapped.parameters() if parameter.requires_grad)
+    wrapped.save_pretrained(tmp_path / "peft")
+    loss = wrapped(input_ids=IDS[:1], labels=IDS[:1]).loss
+    loss.backward()
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.grad.clone()
+        for name, parameter in wrapped.named_parameters()
+        if parameter.grad is not None
+    }
+    wrapped.unload()
+    model.requires_grad_(False)
+
+    attachment = veneer.attach(model, veneer.load_adapter(tmp_path / "peft"))
+    supervised = torch.ones(24, dtype=torch.bool)
+    supervised[0] = False
+    with ragged_attention(model):
+        ours = summed_loss(model, RaggedBatch(IDS[0], supervised, (24,))) / 23
+        ours.backward()
+    grads = {name: parameter.grad for name, parameter in attachment.parameters().items()}
+    veneer.detach(model)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert grads.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item())

@@ -1,0 +1,46 @@
+"""What `show` says of an adapter, from its numbers alone."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.adapter import Adapter, AdapterMetadata, LowRank
+from veneer.config import LoRAConfig
+from veneer.tools.summarize import delta_norm, summarize
+
+
+def pair(outputs: int, inputs: int, rank: int, scaling: float = 2.0, seed: int = 0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(
+        torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator), scaling
+    )
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(-3, 3), st.integers(0, 99))
+def test_the_norm_is_that_of_the_delta(outputs, inputs, rank, scaling, seed):
+    one = pair(outputs, inputs, rank, scaling, seed)
+    assert delta_norm(one) == pytest.approx(torch.linalg.norm(one.delta()).item(), rel=1e-9, abs=1e-12)
+
+
+def test_modules_alike_are_counted_together():
+    untrained = LowRank(torch.ones(2, 4), torch.zeros(4, 2), 2.0)
+    adapter = Adapter(
+        {"a.0.q": pair(4, 4, 2, seed=1), "a.1.q": untrained, "a.0.v": pair(3, 4, 5)},
+        LoRAConfig(rank=2),
+        {"head.bias": torch.zeros(3)},
+        AdapterMetadata(base="org/model", base_fingerprint="f", row_format="chat"),
+    )
+    found = summarize(adapter)
+    by_name = {target.name: target for target in found.targets}
+    assert (by_name["q"].count, by_name["q"].untrained, by_name["q"].num_parameters) == (2, 1, 32)
+    assert (by_name["v"].shape, by_name["v"].rank) == ((3, 4), 5)
+    assert found.ranks == (2, 5)
+    assert found.num_parameters == 32 + 5 * 7 + 3
+    assert found.num_bytes == 4 * found.num_parameters
+    deltas = torch.cat([one.delta().reshape(-1) for one in adapter.modules.values()])
+    assert found.norm == pytest.approx(torch.linalg.norm(deltas).item())
+    assert found.trained == (("head.bias", (3,)),)
+    assert json.loads(json.dumps(found.to_json()))["digest"] == adapter.digest
