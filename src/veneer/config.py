@@ -4,6 +4,7 @@ A wrong setting is a `ConfigError` that lists every problem at once, each with i
 nearest known key.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -144,7 +145,7 @@ class LoRAConfig(Settings):
     def scaling_for(self, path: str) -> float:
         """Return the factor that multiplies `lora_B @ lora_A` of the module at a path."""
         rank = self.rank_for(path)
-        return self.alpha_for(path) / (rank**0.5 if self.use_rslora else rank)
+        return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class DataConfig(Settings):

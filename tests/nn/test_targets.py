@@ -1,5 +1,7 @@
 """Which layers a configuration means, and what is said where it fits none."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -39,8 +41,8 @@ def test_rank_and_alpha_after_patterns():
     config = LoRAConfig(rank=8, alpha=16, rank_pattern={"v_proj": 2}, alpha_pattern={r"0\.v_proj": 3}, use_rslora=True)
     found = {target.path: target for target in find_targets(model(), config)}
     assert (found["layers.0.q_proj"].rank, found["layers.0.v_proj"].rank) == (8, 2)
-    assert found["layers.0.v_proj"].scaling == 3 / 2**0.5
-    assert found["layers.1.v_proj"].scaling == 16 / 2**0.5
+    assert found["layers.0.v_proj"].scaling == 3 / math.sqrt(2)
+    assert found["layers.1.v_proj"].scaling == 16 / math.sqrt(2)
 
 
 @pytest.mark.parametrize(

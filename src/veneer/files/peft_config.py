@@ -139,7 +139,7 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in scales.alpha_pattern.items()},
         "use_rslora": config.use_rslora,
         "bias": config.bias,
-        "modules_to_save": sorted(config.modules_to_save) or None,
+        "modules_to_save": _saved(adapter) or None,
         "peft_type": "LORA",
         "task_type": metadata.task_type,
         "base_model_name_or_path": metadata.base,
@@ -167,6 +167,17 @@ def _targets(adapter: Adapter) -> list[str]:
         if all(hits) and set().union(*hits) == set(suffixes):
             return sorted(suffixes)
     return sorted(adapter.modules)
+
+
+def _saved(adapter: Adapter) -> list[str]:
+    """Return the full paths of the modules that trained whole: PEFT takes an entry for every path that ends in it."""
+    found = set()
+    for entry in adapter.config.modules_to_save:
+        for name in adapter.trained:
+            parts = name.split(".")[:-1]
+            paths = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+            found.add(next((path for path in paths if path.endswith(entry)), None))
+    return sorted(path for path in found if path is not None)
 
 
 def _whole(alpha: float) -> int | float:
