@@ -21,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+import veneer
+
 sys.path.insert(0, str(Path(__file__).parent))
 from common import memory, save, table
 
@@ -36,26 +38,31 @@ def token_ids() -> torch.Tensor:
     return torch.randint(3, 49_000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
+def loaded_model() -> torch.nn.Module:
+    """SmolLM2 in float32, the same for both; every weight is looked at, so that it counts as loaded."""
+    model, _ = veneer.load_base("smollm2")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    return model
+
+
 def veneer_step(rank: int) -> StepFunction:
-    import veneer
     from veneer.base.ragged import RaggedBatch, ragged_attention
     from veneer.scoring.loss import summed_loss
     from veneer.train.optimizer import FlatAdamW
 
-    model, _ = veneer.load_base("smollm2")
+    model = loaded_model()
     attachment = veneer.attach(model, veneer.LoRAConfig(rank=rank, alpha=2 * rank))
     model.train()
     optimizer = FlatAdamW(attachment.parameters(), weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM)
     supervised = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
     supervised[:, 0] = False
     batch = RaggedBatch(token_ids().reshape(-1), supervised.reshape(-1), (LENGTH,) * SEQUENCES)
-    attention = ragged_attention(model)
-    attention.__enter__()  # for the life of this process
 
     def step() -> float:
-        loss = summed_loss(model, batch) / (SEQUENCES * (LENGTH - 1))
-        loss.backward()
-        optimizer.step(LEARNING_RATE)
+        with ragged_attention(model):
+            loss = summed_loss(model, batch) / (SEQUENCES * (LENGTH - 1))
+            loss.backward()
+            optimizer.step(LEARNING_RATE)
         return loss.item()
 
     return step
@@ -64,9 +71,7 @@ def veneer_step(rank: int) -> StepFunction:
 def peft_step(rank: int) -> StepFunction:
     import peft
 
-    import veneer
-
-    model, _ = veneer.load_base("smollm2")  # the same weights, float32
+    model = loaded_model()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     model.train()

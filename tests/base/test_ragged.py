@@ -93,6 +93,11 @@ def test_the_model_is_as_before_afterwards(tiny):
     assert model.training
 
 
+def test_without_ragged_attention_a_ragged_batch_is_refused(tiny):
+    with pytest.raises(BaseModelError, match="outside of ragged_attention"):
+        hidden_states(tiny(), batch_of())
+
+
 def test_models_that_cannot_are_refused_with_the_reason():
     torch.manual_seed(0)
     soft_capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8))

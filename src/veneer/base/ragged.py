@@ -139,7 +139,13 @@ def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
-    """Return the last hidden states of a ragged batch, shape (T, D); needs `ragged_attention(model)` around it."""
+    """Return the last hidden states of a ragged batch, shape (T, D).
+
+    Raises:
+        BaseModelError: Outside of `ragged_attention(model)`, where sequences might see each other.
+    """
+    if model.config._attn_implementation != ATTENTION:
+        raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
     out = model.get_decoder()(
         input_ids=batch.token_ids[None].to(model.device),
         position_ids=batch.positions[None].to(model.device),
