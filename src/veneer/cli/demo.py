@@ -38,7 +38,12 @@ def demo(
         }
     )
     rows = [
-        {"written": one.prompt, "expected": one.expected, "base model": one.base, "with the adapter": one.adapter}
+        {
+            "written": one.prompt,
+            "expected": one.expected,
+            "base model": " ".join(one.base.split()),  # one line each; --json has them as they are
+            "with the adapter": " ".join(one.adapter.split()),
+        }
         for one in result.examples
     ]
     print_table("The first five held-out rows", rows, fold=("base model", "with the adapter"))
