@@ -134,9 +134,9 @@ def test_chat_keeps_the_dialogue_until_an_empty_line(call, tiny_base, monkeypatc
         return original(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr(veneer, "generate", spy)
-    assert call("generate", tiny_base, "--chat", "--set", "max_new_tokens=2")[0] == 0
-    assert [len(turns) for turns in asked] == [1, 3]
-    assert [turn["role"] for turn in asked[1]] == ["user", "assistant", "user"]
+    assert call("generate", tiny_base, "--system", "be brief", "--set", "max_new_tokens=2")[0] == 0
+    assert [len(turns) for turns in asked] == [2, 4]
+    assert [turn["role"] for turn in asked[1]] == ["system", "user", "assistant", "user"]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_chat_keeps_the_dialogue_until_an_empty_line(call, tiny_base, monkeypatc
         (("train", "missing.yaml"), "run file 'missing.yaml' does not exist"),
         (("show", "missing"), "missing"),
         (("generate", "no/such/base/anywhere", "--prompt", "x"), "no such file or directory"),
-        (("generate", "smollm2"), "expected one of --prompt TEXT, --file FILE and --chat"),
-        (("generate", "smollm2", "--prompt", "x", "--chat"), "expected one of"),
+        (("generate", "smollm2", "--prompt", "x", "--file", "y"), "--prompt and --file exclude each other"),
+        (("generate", "smollm2", "--prompt", "x", "--raw", "--system", "y"), "--system needs the chat template"),
         (("generate", "smollm2", "--prompt", "x", "--set", "temprature=1"), "nearest: 'temperature'"),
         (("generate", "smollm2", "--prompt", "x", "--set", "top_p=2"), "top_p"),
         (("generate", "smollm2", "--prompt", "x", "--set", "top_p=a"), "is not a number"),

@@ -26,25 +26,30 @@ def generate(
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts: rows (.jsonl, .csv), or one a line (.txt).")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk, turn by turn, until an empty line.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message before what you say.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Let a model answer a prompt, a file of prompts, or you.
+    """Let a model answer a prompt, a file of prompts, or, without either, you: a chat until an empty line.
 
     Settings: max_new_tokens, temperature (0 is greedy), top_p, seed.
     """
-    if sum((prompt is not None, file is not None, chat)) != 1:
-        raise ConfigError("expected one of --prompt TEXT, --file FILE and --chat")
+    if prompt is not None and file is not None:
+        raise ConfigError("--prompt and --file exclude each other; choose one, or neither for a chat")
+    if raw and system is not None:
+        raise ConfigError("--system needs the chat template, which --raw leaves out; choose one")
     log_to_stderr()
     sampling = sampling_from(settings)
     prompts = _from_file(file) if file is not None else [] if prompt is None else [prompt]
     model, tokenizer = load(base, adapter)
+    opening = [] if system is None else [{"role": "system", "content": system}]
     if not raw and tokenizer.chat_template is not None:
-        prompts = [_turn(one) for one in prompts]
-    if chat:
-        _talk(model, tokenizer, sampling)
+        prompts = [_turns(one, opening) for one in prompts]
+    elif system is not None:
+        raise ConfigError("this base model has no chat template for a --system message")
+    if not prompts:
+        _talk(model, tokenizer, sampling, opening)
         return
     with answers_bar(len(prompts)) as on_done:
         answers = veneer.generate(model, tokenizer, prompts, sampling=sampling, on_done=on_done)
@@ -61,16 +66,22 @@ def _from_file(file: str) -> Sequence[Any]:
     return [one.start for one in found] if file.endswith(".txt") else found
 
 
-def _turn(prompt: Any) -> Any:
+def _turns(prompt: Any, opening: list[dict[str, str]]) -> Any:
     """Return what a person says as a turn of a dialogue; rows of a file say themselves what they are."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*opening, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _talk(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sampling: "SamplingConfig") -> None:
+def _talk(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sampling: "SamplingConfig",
+    opening: list[dict[str, str]],
+) -> None:
     """Answer turn by turn until an empty line or the end of the input."""
     if tokenizer.chat_template is None:
         raise ConfigError("this base model has no chat template to talk with; use --prompt")
-    turns: list[dict[str, str]] = []
+    turns = list(opening)
+    print("Say something; an empty line ends the chat.", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         said = sys.stdin.readline().strip()

@@ -1,0 +1,76 @@
+"""Settings: frozen, strict, every problem named at once."""
+
+import pytest
+
+from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
+from veneer.errors import ConfigError
+
+
+def test_settings_are_frozen_and_equal_by_value():
+    config = LoRAConfig(rank=4)
+    assert config == LoRAConfig(rank=4)
+    with pytest.raises(Exception, match="frozen"):
+        config.rank = 5
+
+
+def test_lists_become_tuples():
+    config = LoRAConfig(target_modules=["q", "v"], layers_to_transform=[0, 1], modules_to_save=["head"])
+    assert (config.target_modules, config.layers_to_transform, config.modules_to_save) == (
+        ("q", "v"),
+        (0, 1),
+        ("head",),
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank": 0},
+        {"rank": True},
+        {"rank": 2.5},
+        {"rank": "8"},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"alpha": float("inf")},
+        {"dropout": 1.0},
+        {"target_modules": []},
+        {"target_modules": ["q", "q"]},
+        {"target_modules": "("},
+        {"rank_pattern": {"[": 2}},
+        {"rank_pattern": {"q": 0}},
+        {"bias": "some"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": [-1], "target_modules": ["q"]},
+        {"r": 8},
+    ],
+)
+def test_what_cannot_be_is_refused(values):
+    with pytest.raises(ConfigError) as error:
+        LoRAConfig(**values)
+    assert next(iter(values)).split("_")[0] in str(error.value)
+
+
+def test_all_problems_at_once_with_their_places():
+    with pytest.raises(ConfigError) as error:
+        RunConfig(base="b", out="o", data={"trian": "x"}, adapter={"rnk": 1}, train={"epochs": 0, "schedule": "sine"})
+    problems = "\n".join(error.value.problems)
+    for text in (
+        "data.trian: unknown key; nearest: 'train'",
+        "data.train: Field required",
+        "adapter.rnk: unknown key",
+        "train.epochs",
+        "train.schedule",
+    ):
+        assert text in problems
+
+
+def test_scaling_is_per_module_after_the_patterns():
+    config = LoRAConfig(rank=8, alpha=16, rank_pattern={"v": 4}, alpha_pattern={"v": 2.0})
+    assert (config.scaling_for("a.q"), config.scaling_for("a.v")) == (2.0, 0.5)
+    assert LoRAConfig(rank=4, alpha=16, use_rslora=True).scaling_for("q") == 8.0
+
+
+def test_defaults_stand():
+    assert TrainConfig().max_grad_norm == 1.0
+    assert SamplingConfig().temperature == 0.0
+    assert DataConfig(train="a").skip_bad_rows is False
