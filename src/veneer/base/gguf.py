@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, DamagedArtefactError, MissingDependencyError
@@ -70,7 +70,8 @@ def _convert(path: Path, folder: Path) -> None:
         with quiet_transformers():
             place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
             tokenizer = AutoTokenizer.from_pretrained(**place)
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            plain = GgufConfig(dequantize=True)  # otherwise packed weights stay packed where `kernels` is installed
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
             # What it was quantised by is history: the copy holds plain numbers.
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer = None
