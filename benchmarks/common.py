@@ -18,6 +18,7 @@ def circumstances() -> dict[str, Any]:
     """Return what a figure depends on besides the code."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     capabilities = torch.cpu.get_capabilities()
+    changes = "+changes" if _git("status", "--porcelain", "--", "..", ":!results") else ""
     return {
         "processor": cpu,
         "cores": os.cpu_count(),
@@ -27,7 +28,8 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "--", "..", ":!results") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "--", "..", ":!results") else ""),
     }
 
 

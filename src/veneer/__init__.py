@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from veneer.base.load import load_base
     from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
     from veneer.data.answers import generate
-    from veneer.data.rows import read_prompts
+    from veneer.data.rows import read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
     from veneer.files.peft import load_adapter, save_adapter
@@ -52,6 +52,7 @@ _HOME = {
     "load_base": "veneer.base.load",
     "plan": "veneer.nn.plan",
     "read_prompts": "veneer.data.rows",
+    "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
     "run": "veneer.train.run",
     "run_demo": "veneer.demo.run",
@@ -86,6 +87,7 @@ __all__ = [
     "load_base",
     "plan",
     "read_prompts",
+    "read_rows",
     "read_run_file",
     "run",
     "run_demo",

@@ -54,7 +54,7 @@ def test_the_dtype_is_one_that_the_processor_is_fast_in(stored):
     ("base", "message"),
     [
         ("no/such/folder/at all", "no such file or directory"),
-        ("smollm", None),
+        ("smollm", "nearest: .smollm2."),
         ("missing.gguf", "no such file"),
         ("org/model", "cannot be loaded from the hub"),
     ],

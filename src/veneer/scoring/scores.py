@@ -54,9 +54,7 @@ def score(names: Sequence[str], predictions: Sequence[str], references: Sequence
     """
     if isinstance(names, str) or not names:
         raise ConfigError(f"scores must be a list of at least one of {', '.join(SCORES)}; got {names!r}")
-    unknown = [f"{name!r} is not a score{did_you_mean(name, SCORES)}" for name in names if name not in SCORES]
-    if unknown:
-        raise ConfigError(f"unknown score; choose from {', '.join(SCORES)}", unknown)
+    check_scores(names)
     if len(predictions) != len(references) or not references:
         raise DataError(
             "scores need one prediction for each reference, and at least one row; "
@@ -70,6 +68,20 @@ def score(names: Sequence[str], predictions: Sequence[str], references: Sequence
     )
     _refuse("scores compare strings", problems)
     return {key: value for name in names for key, value in SCORES[name](predictions, references).items()}
+
+
+def check_scores(names: Sequence[str]) -> None:
+    """Raise unless every name is a score's; cheap, to be called before a model is loaded.
+
+    Raises:
+        ConfigError: Naming each that is unknown, with the nearest.
+
+    Example:
+        >>> check_scores(["exact_match"])
+    """
+    unknown = [f"{name!r} is not a score{did_you_mean(name, SCORES)}" for name in names if name not in SCORES]
+    if unknown:
+        raise ConfigError(f"unknown score; choose from {', '.join(SCORES)}", unknown)
 
 
 def _refuse(message: str, problems: Iterator[str]) -> None:

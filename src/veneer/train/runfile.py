@@ -57,7 +57,8 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig(**values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {len(error.problems)} settings cannot be used", error.problems) from None
+        count = f"{len(error.problems)} setting{'s' * (len(error.problems) > 1)}"
+        raise ConfigError(f"{path}: {count} cannot be used", error.problems) from None
 
 
 def dump_run(run: RunConfig) -> str:
