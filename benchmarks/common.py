@@ -28,8 +28,7 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--", "..", ":!results") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + changes,
     }
 
 
