@@ -252,3 +252,9 @@ class RunConfig(Settings):
     train: TrainConfig = Field(default_factory=TrainConfig)
     seed: Seed = 0
     out: str
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> "RunConfig":
+        if self.data.eval is None and (self.train.patience is not None or self.train.eval_every is not None):
+            raise ValueError("train.patience and train.eval_every need rows to evaluate on; set data.eval")
+        return self

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import veneer
-from veneer.errors import AttachError, DataError, InterruptedRunError, NonFiniteError, OutputError
+from veneer.errors import AttachError, ConfigError, DataError, InterruptedRunError, NonFiniteError, OutputError
 from veneer.files.commit import verify_folder
 from veneer.train import loop, step
 from veneer.train.interrupt import StopFlag
@@ -209,13 +209,27 @@ def test_patience_stops_early_and_keeps_the_best(make_run, monkeypatch):
     config = make_run(eval_every=1, patience=2, epochs=4)
     result = run(config)
     assert result.steps == 4
+    assert run(config, existing="resume").steps == 4, "a run that stopped early is finished"
     assert result.eval_loss == 3.0
     assert result.adapter.digest == adapters[-1].digest
     assert len(adapters) == 2
 
 
-def test_max_steps_ends_a_run(make_run):
-    assert run(make_run(max_steps=3)).steps == 3
+def test_max_steps_ends_a_run_and_epochs_count_what_was_seen(make_run):
+    config = make_run(max_steps=3)
+    assert run(config).steps == 3
+    epochs = [line["epoch"] for line in lines(Path(config.out)) if "loss" in line]
+    whole = make_run("whole")
+    run(whole)
+    all_epochs = [line["epoch"] for line in lines(Path(whole.out)) if "loss" in line]
+    assert epochs == all_epochs[:3]
+    assert all_epochs[len(all_epochs) // 2 - 1] == 1.0
+    assert all_epochs[-1] == 2.0
+
+
+def test_patience_without_rows_to_evaluate_is_refused(make_run):
+    with pytest.raises(ConfigError, match=r"set data\.eval"):
+        make_run(data={"eval": None}, patience=2)
 
 
 def test_biases_and_whole_modules_train_too(make_run):

@@ -30,9 +30,12 @@ def main() -> None:
     except VeneerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: nobody is left to be told
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder without permission: the system's own words say it best
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -49,9 +49,9 @@ def begin_run_folder(run: RunConfig, plan: Mapping[str, Any], existing: Existing
         return folder
     if folder.exists():
         REAL.remove_tree(folder)
-    (folder / CHECKPOINTS).mkdir(parents=True)
+    folder.mkdir(parents=True)
+    (folder / RUN).write_text(dump_run(run), encoding="utf-8")  # first: it is what makes the folder a run folder
     (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    (folder / RUN).write_text(dump_run(run), encoding="utf-8")
     return folder
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,12 @@ def train_adapter(
     return _finish(run)
 
 
-def _all_steps(run: _Run, schedule: list[tuple[int, Step]]) -> None:
+def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
     """Do the steps that are left, with evaluations and checkpoints in between."""
     state, settings = run.state, run.config.train
     random_state = torch.get_rng_state()
+    if _is_out_of_patience(run):
+        return  # a run that stopped early is finished
     try:
         if state.step == 0:
             _evaluate(run, epoch=0.0)
@@ -144,15 +147,16 @@ def _all_steps(run: _Run, schedule: list[tuple[int, Step]]) -> None:
             state.tokens += figures["tokens"]
             state.supervised_tokens += figures["supervised_tokens"]
             state.seconds += figures.pop("seconds")
-            line = {"step": number, "epoch": round(number / len(schedule) * settings.epochs, 4), **figures}
+            line = {"step": number, "epoch": round(epoch, 4), **figures}
             run.metrics.write(line)
             run.progress.step(line)
             last = number == len(schedule)
-            ends_epoch = last or schedule[number][0] != epoch
-            due = number % settings.eval_every == 0 if settings.eval_every else ends_epoch
-            if (due or last) and _evaluate(run, line["epoch"]):
-                log.info("stopped early after step %d: no better evaluation in %d", number, settings.patience)
-                last = True
+            due = number % settings.eval_every == 0 if settings.eval_every else epoch.is_integer()
+            if due or last:
+                _evaluate(run, epoch)
+                if _is_out_of_patience(run):
+                    log.info("stopped early after step %d: no better evaluation in %d", number, settings.patience)
+                    last = True
             if last or number % settings.checkpoint_every == 0:
                 _checkpoint(run, random_state)
             if last:
@@ -174,21 +178,25 @@ def _all_steps(run: _Run, schedule: list[tuple[int, Step]]) -> None:
         ) from None
 
 
-def _evaluate(run: _Run, epoch: float) -> bool:
-    """Evaluate where there are rows to; return whether the run's patience is at its end."""
+def _evaluate(run: _Run, epoch: float) -> None:
+    """Evaluate where there are rows to, and remember the best."""
     if run.data.eval is None:
-        return False
+        return
     state, patience = run.state, run.config.train.patience
     loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=run.config.train.tokens_per_micro_batch)
-    run.metrics.write({"step": state.step, "epoch": epoch, "eval_loss": loss.mean})
+    run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
     run.progress.evaluated(loss.mean)
     if state.best_eval_loss is None or loss.mean < state.best_eval_loss:
         state.best_eval_loss, state.stale_evaluations = loss.mean, 0
         if patience is not None and state.step:
             save_adapter(current_adapter(run.model), run.folder / CHECKPOINTS / BEST, replace=True)
-        return False
-    state.stale_evaluations += 1
-    return patience is not None and state.stale_evaluations >= patience
+    else:
+        state.stale_evaluations += 1
+
+
+def _is_out_of_patience(run: _Run) -> bool:
+    patience = run.config.train.patience
+    return patience is not None and run.state.stale_evaluations >= patience
 
 
 def _checkpoint(run: _Run, random_state: Tensor) -> None:
@@ -224,23 +232,24 @@ def _finish(run: _Run) -> TrainResult:
     return result
 
 
-def _schedule(rows: EncodedRows, config: TrainConfig, seed: int) -> Iterator[tuple[int, Step]]:
-    """Yield every step of the run with its epoch."""
+def _schedule(rows: EncodedRows, config: TrainConfig, seed: int) -> Iterator[tuple[float, Step]]:
+    """Yield every step of the run, with the epochs that are done after it."""
     lengths = [len(row.token_ids) for row in rows.rows]
-    left = config.max_steps
-    for epoch in range(config.epochs):
-        for step in epoch_steps(
-            lengths,
-            seed=seed,
-            epoch=epoch,
-            tokens_per_step=config.tokens_per_step,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-        ):
-            if left is not None:
-                if left == 0:
-                    return
-                left -= 1
-            yield epoch, step
+    steps = (
+        (epoch + (place + 1) / len(of_epoch), step)
+        for epoch in range(config.epochs)
+        for of_epoch in [
+            epoch_steps(
+                lengths,
+                seed=seed,
+                epoch=epoch,
+                tokens_per_step=config.tokens_per_step,
+                tokens_per_micro_batch=config.tokens_per_micro_batch,
+            )
+        ]
+        for place, step in enumerate(of_epoch)
+    )
+    return islice(steps, config.max_steps)
 
 
 @contextmanager
