@@ -44,21 +44,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""A tiny decoder of any family."""
+
+
 def tiny_config(**changes: object) -> LlamaConfig:
-    sizes = {
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    settings = {
+        **SIZES,
         "max_position_embeddings": 512,
         "bos_token_id": None,
         "eos_token_id": 1,
         "pad_token_id": 2,
         "tie_word_embeddings": True,
     }
-    return LlamaConfig(**{**sizes, **changes})
+    return LlamaConfig(**{**settings, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.conftest import SIZES
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -33,16 +34,6 @@ def ragged_logits(model, batch: RaggedBatch) -> torch.Tensor:
 def logits_alone(model, batch: RaggedBatch) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model(input_ids=part[None]).logits[0] for part in batch.token_ids.split(batch.lengths)])
-
-
-SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from veneer.errors import NonFiniteError
+from veneer.errors import ConfigError, NonFiniteError
 from veneer.train.optimizer import FlatAdamW
 
 
@@ -68,3 +68,9 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_applied():
         optimizer.step(0.1)
     assert error.value.problems == ("b",)
     assert all(torch.equal(before[name], values[name]) for name in values)
+
+
+def test_mixed_dtypes_are_refused():
+    values = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2).bfloat16())}
+    with pytest.raises(ConfigError, match="bfloat16 and float32 cannot train together"):
+        FlatAdamW(values, weight_decay=0.0, max_grad_norm=None)

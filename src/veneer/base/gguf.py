@@ -4,8 +4,11 @@ Reading a GGUF file takes transformers half a minute; the directory made of it l
 second with the same logits. It is kept in a cache, under the digest of the file, committed in one step.
 """
 
+import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,17 +55,34 @@ def converted_gguf(path: Path, expected_sha256: str | None = None) -> Path:
     if expected_sha256 is not None and digest != expected_sha256:
         raise BaseModelError(f"{path} is damaged: expected SHA-256 {expected_sha256}, got {digest}; install it again")
     target = cache_folder() / "gguf" / f"{digest}-{CONVERSION}"
-    try:
-        if target.exists() and verify_folder(target) is not None:
-            return target
-    except DamagedArtefactError as error:
-        log.warning("the converted copy of %s is damaged and is made again: %s", path.name, error)
+    if _is_sound(target, path):
+        return target
     if find_spec("gguf") is None:
         raise MissingDependencyError("reading GGUF files needs the gguf package: pip install 'veneer[gguf]'")
-    log.info("converting %s once; this takes about half a minute", path.name)
-    notes = {"source": path.name, "sha256": digest, "conversion": CONVERSION}
-    commit_folder(target, lambda folder: _convert(path, folder), kind="base", notes=notes, replace=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(target.with_name(f"{target.name}.lock")):
+        if not _is_sound(target, path):  # another process may have made it while we waited
+            log.info("converting %s once; this takes about half a minute", path.name)
+            notes = {"source": path.name, "sha256": digest, "conversion": CONVERSION}
+            commit_folder(target, lambda folder: _convert(path, folder), kind="base", notes=notes, replace=True)
     return target
+
+
+def _is_sound(target: Path, path: Path) -> bool:
+    """Tell whether the converted copy is there, every byte as its manifest says."""
+    try:
+        return target.exists() and verify_folder(target) is not None
+    except DamagedArtefactError as error:
+        log.warning("the converted copy of %s is damaged and is made again: %s", path.name, error)
+        return False
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Let one process at a time into the block; the lock goes with its holder, however that ends."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -164,11 +164,6 @@ def attachment_of(model: nn.Module) -> Attachment:
     return attachment
 
 
-def is_attached(model: nn.Module) -> bool:
-    """Tell whether an adapter is attached to a model."""
-    return _ATTRIBUTE in vars(model)
-
-
 def current_adapter(model: nn.Module) -> Adapter:
     """Return a copy of the attached adapter as it is now; the model is not touched.
 

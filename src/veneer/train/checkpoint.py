@@ -31,7 +31,6 @@ class TrainState:
     Args:
         step: Optimiser steps done.
         tokens: Tokens seen.
-        supervised_tokens: Tokens whose loss counted.
         seconds: Seconds spent in steps.
         best_eval_loss: Lowest evaluation loss so far.
         stale_evaluations: Evaluations since then.
@@ -40,7 +39,6 @@ class TrainState:
 
     step: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
     seconds: float = 0.0
     best_eval_loss: float | None = None
     stale_evaluations: int = 0

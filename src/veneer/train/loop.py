@@ -145,7 +145,6 @@ def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
             random_state = torch.get_rng_state()
             state.step = number
             state.tokens += figures["tokens"]
-            state.supervised_tokens += figures["supervised_tokens"]
             state.seconds += figures.pop("seconds")
             line = {"step": number, "epoch": round(epoch, 4), **figures}
             run.metrics.write(line)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import NonFiniteError
+from veneer.errors import ConfigError, NonFiniteError
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -22,9 +22,13 @@ class FlatAdamW:
     `torch.nn.utils.clip_grad_norm_` before each step.
 
     Args:
-        parameters: What trains, by name; floating, of one dtype and on one device. Each becomes a view of the buffer.
+        parameters: What trains, by name, on one device. Each becomes a view of the buffer.
         weight_decay: Decoupled decay.
         max_grad_norm: Gradients are scaled down to this norm; None means never.
+
+    Raises:
+        ConfigError: If the parameters are not of one dtype: a bias or a whole module of a 16-bit base beside float32
+            factors.
 
     Cost:
         12 bytes of state and gradient for each float32 parameter, about 30 bytes of traffic a step.
@@ -36,6 +40,12 @@ class FlatAdamW:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, max_grad_norm: float | None
     ) -> None:
+        dtypes = {str(one.dtype).removeprefix("torch.") for one in parameters.values()}
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"parameters of {' and '.join(sorted(dtypes))} cannot train together; load the base in "
+                "float32, or leave out bias and modules_to_save"
+            )
         self._parameters = dict(parameters)
         self._max_grad_norm = max_grad_norm
         self._flat = nn.Parameter(torch.cat([one.detach().reshape(-1) for one in parameters.values()]))
