@@ -140,7 +140,7 @@ def test_an_existing_folder_is_refused_resumed_or_replaced(make_run, tmp_path):
         run(config)
     Path(config.out, "left-over").write_text("x")
     run(config, existing="overwrite")
-    assert not Path(config.out, "left-over").exists()
+    assert Path(config.out, "left-over").exists(), "only what a run writes is ever removed"
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")

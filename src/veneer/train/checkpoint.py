@@ -5,9 +5,8 @@ moments, the random state and a few counters. The order of the rows needs no sta
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +33,6 @@ class TrainState:
         seconds: Seconds spent in steps.
         best_eval_loss: Lowest evaluation loss so far.
         stale_evaluations: Evaluations since then.
-        made_with: What must be the same for the run to go on: settings, digests of the data, the base's fingerprint.
     """
 
     step: int = 0
@@ -42,7 +40,6 @@ class TrainState:
     seconds: float = 0.0
     best_eval_loss: float | None = None
     stale_evaluations: int = 0
-    made_with: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -71,6 +68,13 @@ def save_checkpoint(
     return target
 
 
+def forget_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove checkpoints behind a step: damaged ones that were passed over, whose steps will be done again."""
+    for path in checkpoints(folder):
+        if int(path.name.partition("-")[2]) > step:
+            REAL.remove_tree(path)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     if not folder.is_dir():
@@ -93,22 +97,16 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def load_checkpoint(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: FlatAdamW, made_with: dict[str, Any]
-) -> tuple[TrainState, Tensor]:
+def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: FlatAdamW) -> tuple[TrainState, Tensor]:
     """Put a checkpoint's values into the attached parameters and the optimiser, in place.
 
     Returns:
         Where the run was, and the random state to go on with.
 
     Raises:
-        OutputError: If the checkpoint was made with other settings, data or base, each difference named, or if its
-            parameters are not those of the attached adapter.
+        OutputError: If its parameters are not those of the attached adapter.
     """
     state = TrainState(**parse_json((path / _STATE).read_bytes(), str(path / _STATE), error=DamagedArtefactError))
-    changed = differences(state.made_with, made_with)
-    if changed:
-        raise OutputError(f"{path} cannot be gone on from: the run has changed since", changed)
     tensors = load_adapter(path).tensors()
     if set(tensors) != set(parameters):
         raise OutputError(
@@ -121,20 +119,3 @@ def load_checkpoint(
     if moments:
         optimizer.load_state(moments, state.step)
     return state, random_state
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each thing that differs, nested settings by dotted name.
-
-    Example:
-        >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-        ['b.c: was 2, is 3']
-    """
-    lines = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += [f"{key}.{line}" for line in differences(old, new)]
-        elif old != new:
-            lines.append(f"{key}: was {old!r}, is {new!r}")
-    return lines

@@ -15,6 +15,10 @@ Existing = Literal["refuse", "resume", "overwrite"]
 """What to do where the run folder exists."""
 
 RUN, PLAN, METRICS, CHECKPOINTS, ADAPTER = "run.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter"
+PICTURE = "loss.png"
+
+_OURS = (ADAPTER, CHECKPOINTS, METRICS, PICTURE, RUN, PLAN)
+"""All that a run writes: nothing else in its folder is ever removed."""
 
 
 def check_run_folder(out: str, existing: Existing) -> Path:
@@ -33,26 +37,56 @@ def check_run_folder(out: str, existing: Existing) -> Path:
         return folder
     if existing == "refuse":
         raise OutputError(f"out: {out!r} exists; go on with --resume, or replace it with --overwrite")
-    if not (folder / RUN).is_file():
-        raise OutputError(f"out: {out!r} exists and holds no {RUN}: it is not a run folder and is left as it is")
+    if not ((folder / RUN).is_file() and (folder / PLAN).is_file()):
+        raise OutputError(
+            f"out: {out!r} exists and holds no {RUN} with a {PLAN}: it is not a run folder and is left as it is"
+        )
     return folder
 
 
-def begin_run_folder(run: RunConfig, plan: Mapping[str, Any], existing: Existing) -> Path:
+def begin_run_folder(run: RunConfig, plan: Mapping[str, Any], made_with: Mapping[str, Any], existing: Existing) -> Path:
     """Make the run folder, with the resolved configuration and the plan in it.
 
+    Args:
+        run: The run.
+        plan: What will be adapted.
+        made_with: What the run's numbers depend on; a run that is resumed must find it unchanged.
+        existing: What to do where the folder exists.
+
     Raises:
-        OutputError: As `check_run_folder`.
+        OutputError: As `check_run_folder`, or naming what has changed since the run began.
     """
     folder = check_run_folder(run.out, existing)
     if existing == "resume":
+        before = json.loads((folder / PLAN).read_text(encoding="utf-8"))["made_with"]
+        changed = differences(before, json.loads(json.dumps(made_with)))
+        if changed:
+            raise OutputError(f"{folder} cannot be gone on from: the run has changed since", changed)
         return folder
-    if folder.exists():
-        REAL.remove_tree(folder)
-    folder.mkdir(parents=True)
-    (folder / RUN).write_text(dump_run(run), encoding="utf-8")  # first: it is what makes the folder a run folder
-    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    for name in _OURS:
+        if (folder / name).exists():
+            REAL.remove_tree(folder / name)
+    (folder / CHECKPOINTS).mkdir(parents=True)
+    (folder / RUN).write_text(dump_run(run), encoding="utf-8")
+    (folder / PLAN).write_text(json.dumps({**plan, "made_with": made_with}, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each thing that differs, nested settings by dotted name.
+
+    Example:
+        >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+        ['b.c: was 2, is 3']
+    """
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += [f"{key}.{line}" for line in differences(old, new)]
+        elif old != new:
+            lines.append(f"{key}: was {old!r}, is {new!r}")
+    return lines
 
 
 class Metrics:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +16,21 @@ from veneer.base.ragged import check_ragged, ragged_attention
 from veneer.config import RunConfig, TrainConfig
 from veneer.data.batches import Step, epoch_steps
 from veneer.data.encode import EncodedRows
-from veneer.errors import InterruptedRunError, NonFiniteError
-from veneer.files.peft import load_adapter, save_adapter
+from veneer.errors import InterruptedRunError, NonFiniteError, OutputError
+from veneer.files.peft import adapter_to_files, load_adapter, save_adapter
 from veneer.nn.attach import attachment_of, current_adapter
 from veneer.scoring.loss import evaluate_loss
-from veneer.train.checkpoint import TrainState, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from veneer.train.checkpoint import (
+    TrainState,
+    checkpoints,
+    forget_checkpoints_after,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from veneer.train.folder import ADAPTER, CHECKPOINTS, Metrics
 from veneer.train.interrupt import StopFlag, StopRequested, stop_flag
-from veneer.train.optimizer import FlatAdamW
+from veneer.train.optimizer import FlatAdamW, check_one_dtype
 from veneer.train.prepare import PreparedData
 from veneer.train.progress import Progress, progress_bar
 from veneer.train.report import draw_losses, model_card
@@ -45,7 +51,7 @@ class TrainResult:
         folder: The run folder.
         steps: Optimiser steps done.
         loss: Training loss of the last step.
-        eval_loss_before: Evaluation loss of the base, None without evaluation rows.
+        eval_loss_before: Evaluation loss before the first step, None without evaluation rows.
         eval_loss: Evaluation loss of the adapter.
         tokens: Tokens trained on.
         seconds: Seconds spent in steps.
@@ -85,9 +91,20 @@ class _Run:
     progress: Progress
 
 
-def train_adapter(
-    model: PreTrainedModel, data: PreparedData, config: RunConfig, folder: Path, made_with: dict[str, Any]
-) -> TrainResult:
+def check_trainable(model: PreTrainedModel) -> None:
+    """Prove that the attached adapter can be trained and saved, before any folder is touched.
+
+    Raises:
+        BaseModelError: If the model cannot take ragged batches.
+        ConfigError: If what trains is of several dtypes.
+        AdapterError: If PEFT's layout cannot hold the adapter.
+    """
+    check_ragged(model)
+    check_one_dtype(attachment_of(model).parameters())
+    adapter_to_files(current_adapter(model))
+
+
+def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig, folder: Path) -> TrainResult:
     """Train the attached adapter, from where the run folder stands, and commit it.
 
     Args:
@@ -95,27 +112,25 @@ def train_adapter(
         data: The run's rows.
         config: The run.
         folder: The run folder; its newest sound checkpoint is gone on from.
-        made_with: What must be the same for a checkpoint to be gone on from.
 
     Raises:
-        BaseModelError: If the model cannot take ragged batches.
         NonFiniteError: If loss or gradient are not finite; checkpoints stand, nothing was updated.
         InterruptedRunError: If the run was asked to stop; a checkpoint was committed.
     """
-    check_ragged(model)
     schedule = list(_schedule(data.train, config.train, config.seed))
     parameters = attachment_of(model).parameters()
     optimizer = FlatAdamW(parameters, weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
     metrics = Metrics(folder)
     with _own_random_state(config.seed), stop_flag() as stop, progress_bar(len(schedule)) as progress:
-        state = TrainState(made_with=made_with)
+        state = TrainState()
         newest, damaged = newest_checkpoint(folder / CHECKPOINTS)
         for line in damaged:
             log.warning("a damaged checkpoint is passed over: %s", line)
         if newest is not None:
-            state, random_state = load_checkpoint(newest, parameters, optimizer, made_with)
+            state, random_state = load_checkpoint(newest, parameters, optimizer)
             torch.set_rng_state(random_state)
             log.info("going on from %s", newest)
+        forget_checkpoints_after(folder / CHECKPOINTS, state.step)
         metrics.forget_after(state.step if newest is not None else -1)
         run = _Run(model, data, config, folder, metrics, optimizer, state, stop, progress)
         model.train()
@@ -185,9 +200,11 @@ def _evaluate(run: _Run, epoch: float) -> None:
     loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=run.config.train.tokens_per_micro_batch)
     run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
     run.progress.evaluated(loss.mean)
+    if state.step == 0:
+        return  # the adapter's start, to compare with; the best is sought among trained ones
     if state.best_eval_loss is None or loss.mean < state.best_eval_loss:
         state.best_eval_loss, state.stale_evaluations = loss.mean, 0
-        if patience is not None and state.step:
+        if patience is not None:
             save_adapter(current_adapter(run.model), run.folder / CHECKPOINTS / BEST, replace=True)
     else:
         state.stale_evaluations += 1
@@ -212,15 +229,19 @@ def _finish(run: _Run) -> TrainResult:
     """Commit the adapter: the last one, or the best one where the run was told to be patient."""
     lines = run.metrics.read()
     best = run.folder / CHECKPOINTS / BEST
-    adapter = load_adapter(best) if best.is_dir() else current_adapter(run.model)
+    take_best = run.config.train.patience is not None
+    adapter = load_adapter(best) if take_best else current_adapter(run.model)
+    last = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+    if last is None:
+        raise OutputError(f"{run.metrics.path} holds no step: it was removed or damaged; put it back, or start anew")
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     result = TrainResult(
         adapter=adapter,
         folder=run.folder,
         steps=run.state.step,
-        loss=next(line["loss"] for line in reversed(lines) if "loss" in line),
+        loss=last,
         eval_loss_before=evaluations[0] if evaluations else None,
-        eval_loss=(run.state.best_eval_loss if best.is_dir() else evaluations[-1]) if evaluations else None,
+        eval_loss=(run.state.best_eval_loss if take_best else evaluations[-1]) if evaluations else None,
         tokens=run.state.tokens,
         seconds=run.state.seconds,
         peak_rss_bytes=peak_rss_bytes(),

@@ -40,12 +40,7 @@ class FlatAdamW:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, max_grad_norm: float | None
     ) -> None:
-        dtypes = {str(one.dtype).removeprefix("torch.") for one in parameters.values()}
-        if len(dtypes) > 1:
-            raise ConfigError(
-                f"parameters of {' and '.join(sorted(dtypes))} cannot train together; load the base in "
-                "float32, or leave out bias and modules_to_save"
-            )
+        check_one_dtype(parameters)
         self._parameters = dict(parameters)
         self._max_grad_norm = max_grad_norm
         self._flat = nn.Parameter(torch.cat([one.detach().reshape(-1) for one in parameters.values()]))
@@ -93,11 +88,26 @@ class FlatAdamW:
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Take up the moments that `state` returned after a number of steps."""
         inner = self._inner.state[self._flat]
-        inner["step"] = torch.tensor(float(steps), device=self._flat.device)
+        device = self._flat.device
+        inner["step"] = torch.tensor(float(steps), device=device)
         for moment in ("exp_avg", "exp_avg_sq"):
-            inner[moment] = torch.cat([state[f"{name}.{moment}"].reshape(-1) for name in self._parameters])
+            inner[moment] = torch.cat([state[f"{name}.{moment}"].reshape(-1) for name in self._parameters]).to(device)
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the part of a flat buffer that belongs to each parameter, in its shape."""
         parts = flat.split([one.numel() for one in self._parameters.values()])
         return {name: part.view(one.shape) for (name, one), part in zip(self._parameters.items(), parts, strict=True)}
+
+
+def check_one_dtype(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise unless parameters can share a buffer.
+
+    Raises:
+        ConfigError: Naming the dtypes.
+    """
+    dtypes = {str(one.dtype).removeprefix("torch.") for one in parameters.values()}
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"parameters of {' and '.join(sorted(dtypes))} cannot train together; load the base in float32, or leave "
+            "out bias and modules_to_save"
+        )

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 
 from veneer.adapter import Adapter
 from veneer.config import RunConfig
+from veneer.train.folder import PICTURE
 from veneer.train.prepare import PreparedData
-
-PICTURE = "loss.png"
 
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -15,7 +15,7 @@ from veneer.data.encode import template_digest
 from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
 from veneer.train.folder import Existing, begin_run_folder, check_run_folder
-from veneer.train.loop import TrainResult, train_adapter
+from veneer.train.loop import TrainResult, check_trainable, train_adapter
 from veneer.train.prepare import PreparedData, prepare_data
 
 log = logging.getLogger("veneer")
@@ -95,14 +95,15 @@ def finetune(
 
 
 def _train(model: PreTrainedModel, data: PreparedData, config: RunConfig, existing: Existing) -> TrainResult:
+    check_trainable(model)
     planned = plan_of(model)
-    folder = begin_run_folder(config, planned.to_json(), existing)
+    folder = begin_run_folder(config, planned.to_json(), _made_with(model, data, config), existing)
     log.info(
         "%d rows, %d tokens an epoch, %d supervised; %d of %d parameters train",
         *(len(data.train.rows), data.train.num_tokens, data.train.num_supervised),
         *(planned.num_parameters, planned.base_parameters),
     )
-    return train_adapter(model, data, config, folder, _made_with(model, data, config))
+    return train_adapter(model, data, config, folder)
 
 
 def _made_with(model: PreTrainedModel, data: PreparedData, config: RunConfig) -> dict[str, Any]:
