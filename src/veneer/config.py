@@ -126,10 +126,17 @@ class LoRAConfig(Settings):
             _check_regex(pattern)
         return value
 
+    @field_validator("layers_pattern")
+    @classmethod
+    def _is_regex(cls, value: str | None) -> str | None:
+        return None if value is None else _check_regex(value)
+
     @model_validator(mode="after")
     def _layers_need_a_list(self) -> "LoRAConfig":
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform acts only with a list of target_modules")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts; set that too")
         if not self.target_modules:
             raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
         return self

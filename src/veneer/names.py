@@ -11,7 +11,7 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def matches_suffix(path: str, entry: str) -> bool:
@@ -78,8 +78,8 @@ def layer_index(path: str, layers_pattern: str | None = None) -> int | None:
     if layers_pattern is None:
         found = _FIRST_NUMBER.match("." + path)
     else:
-        found = re.match(rf".*?\.?{layers_pattern}\.(\d+)\.", path)
-    return int(found.group(1)) if found else None
+        found = re.match(rf".*?\.?(?:{layers_pattern})\.(?P<index>\d+)\.", path)
+    return int(found["index"]) if found else None
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:

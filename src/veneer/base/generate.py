@@ -1,6 +1,7 @@
 """Let a model write: prompts of any lengths in, their continuations out."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,12 +71,23 @@ def _continue(
         mask[row, width - len(prompt) :] = 1
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=_settings(model, tokenizer, sampling),
-        )
+        settings = _settings(model, tokenizer, sampling)
+        with _own_settings(model):
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
     return out[:, width:].tolist()
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Take a checkpoint's own generation settings away within the block: transformers fills ours up with them."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig) -> GenerationConfig:

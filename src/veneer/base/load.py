@@ -1,6 +1,7 @@
 """Load a base model and its tokenizer: frozen, in a dtype that the processor is fast in."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,9 +58,27 @@ def load_model(
         stored = _pretrained(AutoConfig, source).dtype
         dtype, reason = compute_dtype(stored, torch.device(device))
         log.info("%s computes in %s: %s", source.name, _name(dtype), reason)
-    model = _pretrained(AutoModelForCausalLM, source, dtype=dtype)
+    model, found = _pretrained(AutoModelForCausalLM, source, dtype=dtype, output_loading_info=True)
+    check_complete(found, source.name)
     model.name_or_path = source.name  # a converted file is known by its own name, not by its place in our cache
     return model.requires_grad_(False).eval().to(device)
+
+
+def check_complete(found: Mapping[str, Any], name: str) -> None:
+    """Raise unless every weight of a model came from its file: transformers fills what is missing at random.
+
+    Args:
+        found: What transformers tells with `output_loading_info`.
+        name: The base, for the message.
+
+    Raises:
+        BaseModelError: Listing keys that are missing, left over, or of another shape.
+    """
+    kinds = {"missing_keys": "missing", "unexpected_keys": "not the model's", "mismatched_keys": "of another shape"}
+    problems = [f"{key}: {word}" for kind, word in kinds.items() for key in sorted(map(str, found.get(kind) or ()))]
+    if problems:
+        count = len(problems)
+        raise BaseModelError(f"base {name!r}: {count} weights of its file do not fit the model", problems[:20])
 
 
 def compute_dtype(stored: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
@@ -101,7 +120,7 @@ def _pretrained(factory: Any, source: Source, **options: Any) -> Any:
     try:
         with quiet_transformers():
             return factory.from_pretrained(source.location, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever reading damaged or foreign files may raise
         where = "its directory" if source.is_local else "the hub (or its local cache)"
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(f"base {source.name!r} cannot be loaded from {where}: {first}{source.hint}") from error

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
@@ -47,7 +48,7 @@ def print_table(
     for name in rows[0]:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name not in fold)
     for row in rows:
-        table.add_row(*(escape(str(value)) for value in row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))
     stdout().print(table)
 
 
@@ -56,18 +57,13 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def escape(text: str) -> str:
-    """Return text that rich prints as it is."""
-    return text.replace("[", r"\[")
-
-
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Print names and values in two aligned columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, Text(str(value)))
     stdout().print(table)
 
 

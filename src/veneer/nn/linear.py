@@ -12,6 +12,21 @@ from veneer.ops.lora import lora_linear
 from veneer.ops.reference import lora_delta
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether calling a module is `F.linear` and nothing else: no subclass, no hook, no forward of its own.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> is_plain_linear(layer)
+        True
+        >>> _ = layer.register_forward_hook(lambda *_: None)
+        >>> is_plain_linear(layer)
+        False
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a bank of low-rank updates.
 
@@ -79,7 +94,7 @@ class LoRALinear(nn.Module):
         slot = self.slot(slot_index)
         A, B = slot.lora_A.to(x_NI.dtype), slot.lora_B.to(x_NI.dtype)
         dropping = slot.dropout > 0 and self.training
-        if type(self.base) is nn.Linear and not dropping:
+        if is_plain_linear(self.base) and not dropping:
             return lora_linear(x_NI, self.base.weight, self.base.bias, A, B, slot.scaling)
         branch = F.dropout(x_NI, slot.dropout) if dropping else x_NI
         return self.base(x_NI) + lora_delta(branch, A, B, slot.scaling)

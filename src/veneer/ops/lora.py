@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops import reference
+
 
 class _LoRALinear(torch.autograd.Function):
     """Saves the input and nothing else of size N; see `lora_linear`."""
@@ -72,5 +74,8 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1; the backward by hand after the idea of unsloth's `fast_lora.py`.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast casts each product by itself, which a function written by hand would have to imitate.
+        return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, scaling)
     y_NO = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
+from veneer.nn.linear import is_plain_linear
 from veneer.ops.loss import chunk_rows, linear_cross_entropy
 
 
@@ -37,7 +38,7 @@ def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     places, targets = (part.to(model.device) for part in batch.predictions())
     hidden = hidden_states(model, batch)[places]
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+    if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
     vocabulary = model.get_input_embeddings().num_embeddings
     return _through_any_head(head, hidden, targets, chunk_rows(vocabulary, hidden.element_size()))
