@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10 or newer, gcc and make.
+# `make demo` and `make test` need nothing but Python 3.11 or newer, gcc and make.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1

@@ -153,27 +153,36 @@ def _chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> li
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        for text, supervised in (
-            (_render(messages[:index], tokenizer, ask=True), False),
-            (_render(messages[: index + 1], tokenizer, ask=False), True),
-        ):
-            if not text.startswith(written):
-                raise _RowError(
-                    f"the chat template writes the turns before message {index + 1} differently once it follows; "
-                    "split the row, so that only its last turn is the assistant's"
-                )
+        asked = _render(messages[:index], tokenizer, ask=True)
+        told = _render(messages[: index + 1], tokenizer, ask=False)
+        if not (asked.startswith(written) and told.startswith(asked)):
+            raise _RowError(
+                f"the chat template writes the turns before message {index + 1} differently once it follows; "
+                "split the row, so that only its last turn is the assistant's"
+            )
+        end = _end_of_turn(told, len(asked), message.content, tokenizer)
+        for text, supervised in ((asked, False), (told[:end], True), (told, False)):
             more = _continue(written, ids, text[len(written) :], tokenizer)
-            parts += _answer(more, tokenizer) if supervised else [(more, False)]
+            parts.append((more, supervised))
             ids, written = ids + more, text
     return parts
 
 
-def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """Supervise an answer up to its end-of-turn token; what the template writes behind it is not the model's."""
-    ends = [place for place, token in enumerate(ids) if token in tokenizer.all_special_ids]
+def _end_of_turn(told: str, start: int, content: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return where the answer's end-of-turn token ends: the first special token behind the answer's own text.
+
+    What the template writes behind it is not the model's to say.
+    """
+    place = told.find(content.strip(), start)
+    if place < 0:
+        raise _RowError("the chat template does not write the assistant's answer as it is")
+    behind = place + len(content.strip())
+    found = [(told.find(token, behind), token) for token in tokenizer.all_special_tokens]
+    ends = [(where, token) for where, token in found if where >= 0]
     if not ends:
         raise _RowError("the chat template writes no end-of-turn token after the assistant's answer")
-    return [(ids[: ends[-1] + 1], True), (ids[ends[-1] + 1 :], False)]
+    where, token = min(ends)
+    return where + len(token)
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.base.load import load_base
 from veneer.config import LoRAConfig, SamplingConfig, TrainConfig
 from veneer.demo.dates import date_rows, to_jsonl
+from veneer.errors import OutputError
 from veneer.nn.attach import attach
 from veneer.nn.plan import plan
 from veneer.scoring.evaluate import Answer, evaluate
+from veneer.train.folder import RUN
 from veneer.train.run import finetune
 
 log = logging.getLogger("veneer")
@@ -88,12 +90,16 @@ def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAI
     Raises:
         BaseModelError: If the model is neither installed nor on a hub that can be reached.
         MissingDependencyError: If babel or gguf is not installed.
+        OutputError: If the folder holds something else than an earlier demo.
 
     Cost:
         Five to ten minutes on two cores.
     """
+    folder = Path(out)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "run" / RUN).is_file())):
+        raise OutputError(f"out: {out!r} exists and is no earlier demo; it is left as it is, choose another --out")
     rows = date_rows(seed, num_train, NUM_HELD_OUT)
-    data = Path(out) / "data"
+    data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     held_out, training = data / "heldout.jsonl", data / "train.jsonl"
     held_out.write_text(to_jsonl(rows.eval), encoding="utf-8")

@@ -18,10 +18,10 @@ from veneer.errors import AdapterError, AttachError
 from veneer.names import did_you_mean
 from veneer.nn.fingerprint import fingerprint
 from veneer.nn.heads import output_heads
-from veneer.nn.kinds import LoRALayer
+from veneer.nn.kinds import LoRALayer, kind_of, why_not
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot, kaiming_uniform
-from veneer.nn.targets import Target, find_targets
+from veneer.nn.targets import Target, find_targets, shared_layers
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
 
 _ATTRIBUTE = "_veneer_attachment"
@@ -40,6 +40,7 @@ class Attachment:
         trained: Parameters that train whole, each with the frozen one it stands in for.
         requires_grad: Flag of every parameter as it was.
         training: Mode of every module as it was.
+        disabled: How many `disabled` blocks it is in.
     """
 
     config: LoRAConfig
@@ -50,6 +51,7 @@ class Attachment:
     trained: dict[str, TrainedParameter] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     training: dict[str, bool] = field(default_factory=dict)
+    disabled: int = 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what trains, by the flat names of `Adapter.tensors`."""
@@ -98,8 +100,7 @@ def attach(
         >>> detach(model).num_parameters
         7
     """
-    if _ATTRIBUTE in vars(model):
-        raise AttachError("the model has an adapter attached; call detach(model) first")
+    require_bare(model)
     base_fingerprint = fingerprint(model)
     if isinstance(what, Adapter):
         config, metadata = what.config, what.metadata
@@ -125,11 +126,21 @@ def attach(
     return attachment
 
 
+def require_bare(model: nn.Module) -> None:
+    """Raise where an adapter is attached to a model.
+
+    Raises:
+        AttachError: Then.
+    """
+    if _ATTRIBUTE in vars(model):
+        raise AttachError("the model has an adapter attached; call detach(model) first")
+
+
 def detach(model: nn.Module) -> Adapter:
     """Take the adapter's layers out and return them as a value; the model is as it was, bit for bit.
 
     Raises:
-        AttachError: If no adapter is attached.
+        AttachError: If no adapter is attached, or within `disabled`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4))
@@ -138,6 +149,8 @@ def detach(model: nn.Module) -> Adapter:
         (2, 'Linear')
     """
     attachment = attachment_of(model)
+    if attachment.disabled:
+        raise AttachError("the adapter is disabled; call detach(model) after the block")
     adapter = current_adapter(model)
     for one in attachment.trained.values():
         swap_out(one)
@@ -146,9 +159,9 @@ def detach(model: nn.Module) -> Adapter:
         setattr(model.get_submodule(parent), name, layer.base)
     delattr(model, _ATTRIBUTE)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(attachment.requires_grad[name])
+        parameter.requires_grad_(attachment.requires_grad.get(name, parameter.requires_grad))
     for name, module in model.named_modules():
-        module.training = attachment.training[name]
+        module.training = attachment.training.get(name, module.training)
     return adapter
 
 
@@ -194,14 +207,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         torch.Size([1, 4])
     """
     attachment = attachment_of(model)
-    for one in attachment.trained.values():
-        swap_out(one)
+    if not attachment.disabled:
+        for one in attachment.trained.values():
+            swap_out(one)
+    attachment.disabled += 1
     try:
         with attachment.routing.everywhere(None):
             yield model
     finally:
-        for one in attachment.trained.values():
-            swap_in(one)
+        attachment.disabled -= 1
+        if not attachment.disabled:
+            for one in attachment.trained.values():
+                swap_in(one)
 
 
 def set_metadata(model: nn.Module, **changes: str | None) -> None:
@@ -258,15 +275,17 @@ def _targets_of(model: nn.Module, adapter: Adapter) -> dict[str, Target]:
     ]
     if problems:
         raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
-    if not adapter.modules:
-        return {}
-    paths = LoRAConfig(rank=adapter.config.rank, target_modules=tuple(adapter.modules))
-    targets = {target.path: target for target in find_targets(model, paths) if target.path in adapter.modules}
+    problems += shared_layers(model, set(adapter.modules))
+    targets = {}
     for path, pair in adapter.modules.items():
-        expected = (targets[path].out_features, targets[path].in_features)
-        found = (pair.lora_B.shape[0], pair.lora_A.shape[1])
+        kind, reason = kind_of(known[path]), why_not(known[path])
+        if kind is None or reason is not None:
+            problems.append(f"{path} {reason}")
+            continue
+        expected, found = kind.shape(known[path]), (pair.lora_B.shape[0], pair.lora_A.shape[1])
         if found != expected:
             problems.append(f"{path}: the layer is (out, in) = {expected}, the adapter is for {found}")
+        targets[path] = Target(path, kind, *expected, pair.rank, pair.scaling)
     if problems:
         raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
     return targets

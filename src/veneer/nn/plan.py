@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.config import LoRAConfig
 from veneer.names import layer_index
-from veneer.nn.attach import attachment_of
+from veneer.nn.attach import attachment_of, require_bare
 from veneer.nn.heads import output_heads
 from veneer.nn.targets import Target, find_targets
 from veneer.nn.trained import TrainedParameter, trained_parameters
@@ -101,6 +101,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """Say which layers a configuration adapts in a model, with shapes, parameters and bytes; nothing is touched.
 
     Raises:
+        AttachError: If an adapter is attached; `plan_of` says what it came from.
         TargetError: If a pattern matches nothing or a layer cannot be adapted, as `attach` would.
 
     Example:
@@ -109,6 +110,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         0       linear     4 × 3     2        8       1                   14     56
         14 of 16 parameters (87.50%), 56 bytes
     """
+    require_bare(model)
     targets = find_targets(model, config, skip=output_heads(model))
     trained = trained_parameters(model, [target.path for target in targets], config, None)
     return _plan(targets, trained, sum(parameter.numel() for parameter in model.parameters()))

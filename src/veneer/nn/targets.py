@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, skip: Iterable[nn.Modu
     del modules[""]
     left_out = {id(module) for module in skip}
     wanted = list(_wanted(modules, config, left_out))
-    problems = [*_unmatched(modules, wanted, config), *_shared(model, modules), *_unfit(modules, wanted)]
+    problems = [*_unmatched(modules, wanted, config), *shared_layers(model, set(wanted)), *_unfit(modules, wanted)]
     if not wanted and not problems and not config.modules_to_save:
         problems.append(f"nothing is left of target_modules={config.target_modules!r}")
     if problems:
@@ -67,11 +67,13 @@ def _target(path: str, module: nn.Module, config: LoRAConfig) -> Target:
 def _wanted(modules: dict[str, nn.Module], config: LoRAConfig, left_out: set[int]) -> Iterator[str]:
     """Yield the paths that the configuration means, whatever they are."""
     saved = _inside(modules, config.modules_to_save)
+    bypassed = _bypassed(modules) if config.target_modules == ALL_LINEAR else set()
     for path, module in modules.items():
         if path in saved or matches(path, config.exclude_modules):
             continue
         if config.target_modules == ALL_LINEAR:
-            if isinstance(module, nn.Linear) and id(module) not in left_out and why_not(module) is None:
+            fits = isinstance(module, nn.Linear) and why_not(module) is None and path not in bypassed
+            if fits and id(module) not in left_out:
                 yield path
         elif matches(path, config.target_modules) and _in_layers(path, config):
             yield path
@@ -119,8 +121,11 @@ def _unmatched(modules: dict[str, nn.Module], wanted: Sequence[str], config: LoR
 def _unfit(modules: dict[str, nn.Module], wanted: Sequence[str]) -> Iterator[str]:
     """Yield a line for each reason why targets cannot be adapted, with the first path and the count."""
     by_reason: dict[str, list[str]] = {}
+    bypassed = _bypassed(modules)
     for path in wanted:
         reason = why_not(modules[path])
+        if path in bypassed:
+            reason = "is read by the fused kernel of nn.TransformerEncoderLayer, which never calls it in evaluation"
         if reason is not None:
             by_reason.setdefault(reason, []).append(path)
     for reason, paths in by_reason.items():
@@ -134,9 +139,16 @@ def _entries(name: str, entries: Sequence[str], paths: Sequence[str], words: Ite
             yield f"{name} entry {entry!r} matches 0 of {len(paths)} modules{did_you_mean(entry, words)}"
 
 
-def _shared(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Yield a line for each layer that stands at two places: swapping one would leave the other as it was."""
+def shared_layers(model: nn.Module, wanted: set[str]) -> Iterator[str]:
+    """Yield a line for each wanted layer that stands at two places: swapping one would leave the other as it was."""
+    first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and path not in modules and why_not(module) is None:
-            first = next(name for name, other in modules.items() if other is module)
-            yield f"{path} is the same module as {first}; a layer that stands at two places cannot be adapted"
+        before = first.setdefault(id(module), path)
+        if before != path and {before, path} & wanted:
+            yield f"{path} is the same module as {before}; a layer that stands at two places cannot be adapted"
+
+
+def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the layers of torch's encoder that its fused kernel reads in evaluation instead of calling them."""
+    encoders = [path for path, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {f"{path}.{name}" for path in encoders for name in ("linear1", "linear2")}
