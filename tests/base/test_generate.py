@@ -53,3 +53,12 @@ def test_dialogues_go_through_the_template_and_texts_do_not(tiny, tokenizer):
     assert generate(model, tokenizer, [said], sampling=sampling) == generate(
         model, tokenizer, [rendered], sampling=sampling
     )
+
+
+def test_a_checkpoints_own_generation_settings_do_not_act(tiny, tokenizer):
+    model, sampling = tiny(), SamplingConfig(max_new_tokens=8)
+    expected = generate_ids(model, tokenizer, PROMPTS, sampling=sampling)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.suppress_tokens = list(range(100, 200))
+    assert generate_ids(model, tokenizer, PROMPTS, sampling=sampling) == expected
+    assert model.generation_config.repetition_penalty == 5.0

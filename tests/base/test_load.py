@@ -119,3 +119,21 @@ def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, smollm2, caplog):
     assert made
     assert "damaged" in caplog.text
     assert (copy / "new").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "truncated"])
+def test_a_checkpoint_that_is_not_whole_is_refused(change, tiny_base, tmp_path):
+    """transformers would fill what is missing at random."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_base, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if change == "missing":
+        del weights["model.layers.0.mlp.up_proj.weight"]
+    elif change == "extra":
+        weights["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    save_file(weights, file, {"format": "pt"})
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(BaseModelError, match=r"up_proj|cannot be loaded"):
+        load_base(str(folder))

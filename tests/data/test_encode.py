@@ -127,3 +127,18 @@ def test_no_template_no_end_token_and_a_template_that_rewrites_the_past():
 def test_a_prompt_that_the_template_rejects():
     with pytest.raises(DataError, match="x:3: the chat template rejects"):
         prompt_ids(Prompt("x:3", (Message("tool", "t"),), None), TOKENIZER)
+
+
+def test_an_answer_ends_at_the_first_special_token_behind_it():
+    """Some templates write an end of sequence behind the end of turn; that is not the model's to say."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{% if not add_generation_prompt %}{{ '<|pad|>' }}{% endif %}"
+    row = encode_rows([chat(("user", "q"), ("assistant", "a"))], tokenizer, max_length=50).rows[0]
+    assert tokenizer.decode(row.token_ids[row.supervised]) == "a<|end|>"
+
+
+def test_a_header_token_is_no_end_of_turn():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|start|>' + m['role'] + ':' + m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="no end-of-turn token"):
+        encode_rows([chat(("user", "q"), ("assistant", "a"))], tokenizer, max_length=50)

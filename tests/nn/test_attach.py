@@ -293,3 +293,60 @@ def test_plan_before_and_after_attach_agree():
     planned = plan(model, LoRAConfig(bias="all"))
     attach(model, LoRAConfig(bias="all"))
     assert plan_of(model) == planned
+
+
+def test_hooks_and_forwards_of_the_base_layer_act():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].register_forward_hook(lambda _module, _inputs, out: out * 10)
+    x = torch.randn(2, 3)
+    expected = model(x)
+    attach(model, LoRAConfig())
+    assert torch.equal(model(x), expected)
+    detach(model)
+    model[0].forward = lambda value: value + 1
+    attach(model, LoRAConfig())
+    assert torch.equal(model(x), (x + 1) * 10)
+
+
+def test_disabled_nests_and_keeps_detach_out():
+    model = Net().eval()
+    x = torch.randn(5, 4)
+    base = model(x)
+    attach(model, LoRAConfig(bias="all"))
+    train_a_little(model)
+    model.eval()
+    with disabled(model):
+        with disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+        with pytest.raises(AttachError, match="after the block"):
+            detach(model)
+    assert not torch.equal(model(x), base)
+
+
+def test_a_module_added_meanwhile_does_not_lose_the_adapter():
+    model = Net()
+    attach(model, LoRAConfig())
+    model.extra = nn.Linear(2, 2)
+    assert detach(model).modules
+    assert model.extra.weight.requires_grad
+
+
+def test_the_plan_of_an_attached_adapter_is_the_adapters():
+    pair = {"first": LowRank(torch.ones(2, 4), torch.ones(6, 2), 32.0)}
+    model = Net()
+    attach(model, Adapter(pair, LoRAConfig(rank=4, alpha=64, rank_pattern={"first": 2})))
+    planned = plan_of(model)
+    assert (planned.modules[0].rank, planned.modules[0].scaling, planned.num_parameters) == (2, 32.0, 20)
+    assert planned.base_parameters == sum(parameter.numel() for parameter in Net().parameters())
+    with pytest.raises(AttachError):
+        plan(model, LoRAConfig())
+
+
+def test_autocast_trains():
+    model = nn.Sequential(nn.Linear(4, 4))
+    attachment = attach(model, LoRAConfig())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.ones(2, 4)).square().sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in attachment.parameters().values())

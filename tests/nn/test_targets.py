@@ -98,3 +98,17 @@ def test_plan_counts_what_attach_makes_and_touches_nothing():
     assert "q_proj" in str(found)
     assert "0-2" in str(found)
     assert found.to_json()["modules"][0]["shape"] == (4, 4)
+
+
+def test_the_encoder_layers_that_a_fused_kernel_reads_are_refused_or_left_out():
+    encoder = nn.TransformerEncoderLayer(4, 2, 8)
+    with pytest.raises(TargetError, match=r"linear1 is read by the fused kernel"):
+        find_targets(nn.Sequential(encoder), LoRAConfig(target_modules=["linear1"]))
+    both = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 4)})
+    assert [target.path for target in find_targets(both, LoRAConfig())] == ["head"]
+
+
+def test_a_shared_layer_elsewhere_is_no_hindrance():
+    shared = nn.Linear(2, 2)
+    one = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
+    assert [target.path for target in find_targets(one, LoRAConfig(target_modules=["c"]))] == ["c"]

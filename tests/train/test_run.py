@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import veneer
-from veneer.errors import AttachError, ConfigError, DataError, InterruptedRunError, NonFiniteError, OutputError
+from veneer.errors import (
+    AdapterError,
+    AttachError,
+    BaseModelError,
+    ConfigError,
+    DataError,
+    InterruptedRunError,
+    NonFiniteError,
+    OutputError,
+    TargetError,
+)
 from veneer.files.commit import verify_folder
 from veneer.train import loop, step
 from veneer.train.interrupt import StopFlag
@@ -151,6 +161,54 @@ def test_an_existing_folder_is_refused_resumed_or_replaced(make_run, tmp_path):
         run(config.model_copy(update={"out": str(precious / "thesis.txt")}))
 
 
+def test_a_project_folder_is_never_overwritten(make_run, tmp_path):
+    """A user's own run.yaml does not make a folder a run folder."""
+    config = make_run().model_copy(update={"out": str(tmp_path)})
+    (tmp_path / "run.yaml").write_text("base: mine\n")
+    with pytest.raises(OutputError, match="is left as it is"):
+        run(config, existing="overwrite")
+    assert (tmp_path / "run.yaml").read_text() == "base: mine\n"
+    assert (tmp_path / "train.jsonl").exists()
+
+
+def test_an_old_run_stays_until_the_new_one_is_known_to_be_trainable(make_run, monkeypatch):
+    config = make_run()
+    run(config)
+    before = files_of(Path(config.out, "adapter"))
+    monkeypatch.setattr(loop, "check_ragged", lambda _: (_ for _ in ()).throw(BaseModelError("cannot")))
+    with pytest.raises(BaseModelError):
+        run(config, existing="overwrite")
+    assert files_of(Path(config.out, "adapter")) == before
+
+
+def test_resume_before_the_first_checkpoint_refuses_what_has_changed(make_run, monkeypatch):
+    config = make_run(checkpoint_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError, match="crash"):
+            run(config)
+    changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"rank": 2})})
+    with pytest.raises(OutputError, match=r"settings\.adapter\.rank: was 4, is 2"):
+        run(changed, existing="resume")
+    run(config, existing="resume")
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_sound_one(make_run, monkeypatch):
+    config = make_run(checkpoint_every=2, keep_checkpoints=2)
+    steps = run(config).steps
+    newest = Path(config.out, "checkpoints", f"step-{steps:06d}")
+    (newest / "state.json").write_text("{}")
+    run(config, existing="resume")
+    assert json.loads((newest / "state.json").read_text())["step"] == steps
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(make_run):
+    config = make_run(adapter={"target_modules": ["lm_head"], "modules_to_save": ["norm", "lm_head"]})
+    with pytest.raises((AdapterError, TargetError)):
+        run(config)
+    assert not Path(config.out).exists()
+
+
 def test_only_the_newest_checkpoints_stay(make_run):
     config = make_run(checkpoint_every=1, keep_checkpoints=3)
     result = run(config)
@@ -195,7 +253,7 @@ def test_an_infinite_gradient_stops_before_the_update(make_run, monkeypatch):
 
 
 def test_patience_stops_early_and_keeps_the_best(make_run, monkeypatch):
-    losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
+    losses = iter([2.0, 4.0, 3.0, 3.5, 3.6, 1.0])  # the first is the start's, and better than all that follow
     monkeypatch.setattr(loop, "evaluate_loss", lambda *_, **__: type("L", (), {"mean": next(losses)}))
     adapters = []
     original = loop.save_adapter

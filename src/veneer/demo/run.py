@@ -96,7 +96,7 @@ def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAI
         Five to ten minutes on two cores.
     """
     folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "run" / RUN).is_file())):
+    if folder.exists() and not _is_earlier_demo(folder):
         raise OutputError(f"out: {out!r} exists and is no earlier demo; it is left as it is, choose another --out")
     rows = date_rows(seed, num_train, NUM_HELD_OUT)
     data = folder / "data"
@@ -128,6 +128,19 @@ def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAI
         digest=result.adapter.digest,
         folder=str(result.folder),
         examples=_side_by_side(before, after),
+    )
+
+
+def _is_earlier_demo(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds what a demo writes and nothing else, finished or not."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {"data", "run"}:
+        return False
+    rows = {path.name for path in (folder / "data").glob("*")}
+    run = folder / "run"
+    return (
+        rows <= {"heldout.jsonl", "train.jsonl"}
+        and (not rows or len(rows) == 2)
+        and (not run.exists() or (run / RUN).is_file())
     )
 
 
