@@ -11,11 +11,12 @@ demo: .venv/ready  ## teach a small model a real task and measure it: about ten 
 test: .venv/ready  ## all tests of the quick tier
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: .venv/ready  ## style, types, one-way imports
+check: .venv/ready  ## style, types, one-way imports, budgets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_structure.py
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

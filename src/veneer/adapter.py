@@ -66,7 +66,7 @@ class AdapterMetadata:
 
     Args:
         base: Name of the base model as the user gave it.
-        base_fingerprint: Digest of the base's weights, see `veneer.base.fingerprint`.
+        base_fingerprint: Digest of the base's weights, see `veneer.nn.fingerprint`.
         revision: Revision of the base on its hub.
         task_type: PEFT's word for the head, such as `CAUSAL_LM`.
         row_format: The kind of rows it was trained on: chat, completion or text.

@@ -32,15 +32,26 @@ class PreparedData:
     digests: dict[str, str]
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreparedData:
-    """Read and encode the rows of a run.
+def read_data(config: DataConfig) -> dict[str, RowsRead]:
+    """Read the rows of a run by their role, `train` and `eval`; nothing of the base is needed yet.
 
     Raises:
         DataError: For everything that is wrong with them.
     """
-    read = {"train": read_rows(config.train, skip_bad_rows=config.skip_bad_rows)}
-    if config.eval is not None:
-        read["eval"] = read_rows(config.eval, skip_bad_rows=config.skip_bad_rows)
+    paths = {"train": config.train, "eval": config.eval}
+    return {
+        role: read_rows(path, skip_bad_rows=config.skip_bad_rows) for role, path in paths.items() if path is not None
+    }
+
+
+def prepare_data(
+    config: DataConfig, read: dict[str, RowsRead], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreparedData:
+    """Encode the rows of a run.
+
+    Raises:
+        DataError: For every row that the template rejects or that is too long.
+    """
     encoded = {role: _encode(found, tokenizer, max_length, config) for role, found in read.items()}
     paths = {"train": config.train, "eval": config.eval}
     return PreparedData(

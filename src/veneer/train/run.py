@@ -16,7 +16,7 @@ from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
 from veneer.train.folder import Existing, begin_run_folder, check_run_folder
 from veneer.train.loop import TrainResult, check_trainable, train_adapter
-from veneer.train.prepare import PreparedData, prepare_data
+from veneer.train.prepare import PreparedData, prepare_data, read_data
 
 log = logging.getLogger("veneer")
 
@@ -34,9 +34,10 @@ def run(config: RunConfig, *, existing: Existing = "refuse") -> TrainResult:
         VeneerError: Of the kind that fits; everything about folder, rows and base's name before the model is loaded.
     """
     check_run_folder(config.out, existing)
+    read = read_data(config.data)  # before the base is looked for: converting a GGUF file takes half a minute
     source = find_source(config.base)
     tokenizer = load_tokenizer(source)
-    data = prepare_data(config.data, tokenizer, config.train.max_length)
+    data = prepare_data(config.data, read, tokenizer, config.train.max_length)
     model = load_model(source)
     metadata = AdapterMetadata(
         base=source.name,
@@ -89,7 +90,7 @@ def finetune(
         seed=seed,
         out=out,
     )
-    prepared = prepare_data(settings.data, tokenizer, settings.train.max_length)
+    prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, settings.train.max_length)
     set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
     return _train(model, prepared, settings, existing)
 
