@@ -350,3 +350,11 @@ def test_autocast_trains():
         loss = model(torch.ones(2, 4)).square().sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in attachment.parameters().values())
+
+
+def test_an_adapter_for_a_layer_that_is_never_called_is_refused():
+    """As `find_targets` refuses it: in evaluation it would have no effect."""
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
+    pair = LowRank(torch.ones(1, 4), torch.ones(8, 1), 1.0)
+    with pytest.raises(AdapterError, match=r"0\.linear1 is read by the fused kernel"):
+        attach(encoder, Adapter({"0.linear1": pair}, LoRAConfig(rank=1)))

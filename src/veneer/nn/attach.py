@@ -18,10 +18,10 @@ from veneer.errors import AdapterError, AttachError
 from veneer.names import did_you_mean
 from veneer.nn.fingerprint import fingerprint
 from veneer.nn.heads import output_heads
-from veneer.nn.kinds import LoRALayer, kind_of, why_not
+from veneer.nn.kinds import LoRALayer, kind_of
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot, kaiming_uniform
-from veneer.nn.targets import Target, find_targets, shared_layers
+from veneer.nn.targets import Target, find_targets, shared_layers, unfit_layers
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
 
 _ATTRIBUTE = "_veneer_attachment"
@@ -275,13 +275,13 @@ def _targets_of(model: nn.Module, adapter: Adapter) -> dict[str, Target]:
     ]
     if problems:
         raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
-    problems += shared_layers(model, set(adapter.modules))
+    problems += [*shared_layers(model, set(adapter.modules)), *unfit_layers(known, list(adapter.modules))]
+    if problems:
+        raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
     targets = {}
     for path, pair in adapter.modules.items():
-        kind, reason = kind_of(known[path]), why_not(known[path])
-        if kind is None or reason is not None:
-            problems.append(f"{path} {reason}")
-            continue
+        kind = kind_of(known[path])
+        assert kind is not None  # unfit_layers has asked
         expected, found = kind.shape(known[path]), (pair.lora_B.shape[0], pair.lora_A.shape[1])
         if found != expected:
             problems.append(f"{path}: the layer is (out, in) = {expected}, the adapter is for {found}")

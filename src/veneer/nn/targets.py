@@ -49,7 +49,11 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, skip: Iterable[nn.Modu
     del modules[""]
     left_out = {id(module) for module in skip}
     wanted = list(_wanted(modules, config, left_out))
-    problems = [*_unmatched(modules, wanted, config), *shared_layers(model, set(wanted)), *_unfit(modules, wanted)]
+    problems = [
+        *_unmatched(modules, wanted, config),
+        *shared_layers(model, set(wanted)),
+        *unfit_layers(modules, wanted),
+    ]
     if not wanted and not problems and not config.modules_to_save:
         problems.append(f"nothing is left of target_modules={config.target_modules!r}")
     if problems:
@@ -118,7 +122,7 @@ def _unmatched(modules: dict[str, nn.Module], wanted: Sequence[str], config: LoR
             yield f"layers_to_transform={index} matches no target"
 
 
-def _unfit(modules: dict[str, nn.Module], wanted: Sequence[str]) -> Iterator[str]:
+def unfit_layers(modules: dict[str, nn.Module], wanted: Sequence[str]) -> Iterator[str]:
     """Yield a line for each reason why targets cannot be adapted, with the first path and the count."""
     by_reason: dict[str, list[str]] = {}
     bypassed = _bypassed(modules)

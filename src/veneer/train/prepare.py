@@ -1,6 +1,5 @@
 """Rows of a run, checked and encoded before any model is loaded."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from veneer.config import DataConfig
 from veneer.data.encode import EncodedRows, encode_rows
 from veneer.data.rows import ChatRow, CompletionRow, RowsRead, TextRow, read_rows
+from veneer.files.filesystem import REAL
 
 _FORMATS = {ChatRow: "chat", CompletionRow: "completion", TextRow: "text"}
 
@@ -38,10 +38,7 @@ def read_data(config: DataConfig) -> dict[str, RowsRead]:
     Raises:
         DataError: For everything that is wrong with them.
     """
-    paths = {"train": config.train, "eval": config.eval}
-    return {
-        role: read_rows(path, skip_bad_rows=config.skip_bad_rows) for role, path in paths.items() if path is not None
-    }
+    return {role: read_rows(path, skip_bad_rows=config.skip_bad_rows) for role, path in _paths(config).items()}
 
 
 def prepare_data(
@@ -53,23 +50,18 @@ def prepare_data(
         DataError: For every row that the template rejects or that is too long.
     """
     encoded = {role: _encode(found, tokenizer, max_length, config) for role, found in read.items()}
-    paths = {"train": config.train, "eval": config.eval}
     return PreparedData(
         train=encoded["train"],
         eval=encoded.get("eval"),
         row_format=_FORMATS[type(read["train"].rows[0])],
         bad=tuple(line for role, found in read.items() for line in (*found.bad, *encoded[role].bad)),
-        digests={role: file_digest(path) for role, path in paths.items() if path is not None},
+        digests={role: REAL.measure(Path(path))[1] for role, path in _paths(config).items()},
     )
 
 
-def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
-    return sha.hexdigest()
+def _paths(config: DataConfig) -> dict[str, str]:
+    """Return the files of a run by their role."""
+    return {"train": config.train} | ({"eval": config.eval} if config.eval is not None else {})
 
 
 def _encode(found: RowsRead, tokenizer: PreTrainedTokenizerBase, max_length: int, config: DataConfig) -> EncodedRows:
