@@ -1,5 +1,8 @@
 """The adapter as a value: it never changes, and its digest is what it does."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -61,3 +64,10 @@ def test_factors_that_do_not_fit_are_refused(A, B):
 def test_an_empty_adapter_is_refused():
     with pytest.raises(AdapterError, match="at least one"):
         Adapter({}, LoRAConfig())
+
+
+def test_an_adapter_is_pickled_and_copied_whole():
+    pair = LowRank(torch.ones(1, 2), torch.ones(3, 1), 0.5)
+    adapter = Adapter({"q": pair}, LoRAConfig(rank=1), {"q.bias": torch.ones(3)}, AdapterMetadata(base="b"))
+    for other in (pickle.loads(pickle.dumps(adapter)), copy.deepcopy(adapter)):
+        assert (other.digest, other.config, other.metadata) == (adapter.digest, adapter.config, adapter.metadata)

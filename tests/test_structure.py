@@ -51,7 +51,8 @@ def test_functions_are_short_and_take_few_parameters():
             count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
             if code_lines(node) > 60:
                 long.append(f"{name}:{node.name} {code_lines(node)}")
-            if count > 8 + ("self" in [one.arg for one in arguments.args]):
+            most = 16 if name.startswith("cli/") else 8  # a command's options: docs/decisions/0007
+            if count > most + ("self" in [one.arg for one in arguments.args]):
                 wide.append(f"{name}:{node.name} {count}")
     assert (long, wide) == ([], [])
 

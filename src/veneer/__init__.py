@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.adapter import Adapter, AdapterMetadata, LowRank
-    from veneer.base.load import load_base
+    from veneer.base.load import load_base, load_config, load_model, load_tokenizer, num_positions
+    from veneer.base.source import Source, find_source
     from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
     from veneer.data.answers import generate
+    from veneer.data.encode import check_template
     from veneer.data.rows import read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from veneer.nn.attach import attach, current_adapter, detach, disabled
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
-    from veneer.scoring.evaluate import Evaluation, evaluate
+    from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
     from veneer.tools.summarize import Summary, summarize
     from veneer.train.loop import TrainResult
     from veneer.train.run import finetune, run
@@ -34,23 +36,32 @@ _HOME = {
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
     "Plan": "veneer.nn.plan",
+    "PreparedRows": "veneer.scoring.evaluate",
     "RunConfig": "veneer.config",
     "SamplingConfig": "veneer.config",
+    "Source": "veneer.base.source",
     "Summary": "veneer.tools.summarize",
     "TrainConfig": "veneer.config",
     "TrainResult": "veneer.train.loop",
     "VeneerError": "veneer.errors",
     "attach": "veneer.nn.attach",
+    "check_template": "veneer.data.encode",
     "current_adapter": "veneer.nn.attach",
     "detach": "veneer.nn.attach",
     "disabled": "veneer.nn.attach",
     "evaluate": "veneer.scoring.evaluate",
-    "fingerprint": "veneer.nn.fingerprint",
+    "find_source": "veneer.base.source",
     "finetune": "veneer.train.run",
+    "fingerprint": "veneer.nn.fingerprint",
     "generate": "veneer.data.answers",
     "load_adapter": "veneer.files.peft",
     "load_base": "veneer.base.load",
+    "load_config": "veneer.base.load",
+    "load_model": "veneer.base.load",
+    "load_tokenizer": "veneer.base.load",
+    "num_positions": "veneer.base.load",
     "plan": "veneer.nn.plan",
+    "prepare_evaluation": "veneer.scoring.evaluate",
     "read_prompts": "veneer.data.rows",
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
@@ -68,24 +79,33 @@ __all__ = [
     "LoRAConfig",
     "LowRank",
     "Plan",
+    "PreparedRows",
     "RunConfig",
     "SamplingConfig",
+    "Source",
     "Summary",
     "TrainConfig",
     "TrainResult",
     "VeneerError",
     "__version__",
     "attach",
+    "check_template",
     "current_adapter",
     "detach",
     "disabled",
     "evaluate",
+    "find_source",
     "finetune",
     "fingerprint",
     "generate",
     "load_adapter",
     "load_base",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "num_positions",
     "plan",
+    "prepare_evaluation",
     "read_prompts",
     "read_rows",
     "read_run_file",

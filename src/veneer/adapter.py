@@ -71,6 +71,11 @@ class AdapterMetadata:
         task_type: PEFT's word for the head, such as `CAUSAL_LM`.
         row_format: The kind of rows it was trained on: chat, completion or text.
         template_digest: Digest of the chat template it was trained with.
+        base_weights: Module path and `ops.sample.sample_digest` of each base weight that its file carried along.
+
+    Example:
+        >>> AdapterMetadata(base="smollm2", row_format="chat").base
+        'smollm2'
     """
 
     base: str | None = None
@@ -79,6 +84,7 @@ class AdapterMetadata:
     task_type: str | None = None
     row_format: str | None = None
     template_digest: str | None = None
+    base_weights: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +118,10 @@ class Adapter:
         trained = {path: _own(self.trained[path]) for path in sorted(self.trained)}
         object.__setattr__(self, "modules", MappingProxyType(modules))
         object.__setattr__(self, "trained", MappingProxyType(trained))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Pickle and copy by parts: a read-only mapping cannot be pickled itself."""
+        return type(self), (dict(self.modules), self.config, dict(self.trained), self.metadata)
 
     @cached_property
     def digest(self) -> str:

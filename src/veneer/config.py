@@ -185,7 +185,8 @@ class TrainConfig(Settings):
         weight_decay: AdamW's decoupled decay of the factors.
         max_grad_norm: The gradient is scaled down to this global norm; None means never.
         tokens_per_step: Token budget of an optimiser step.
-        tokens_per_micro_batch: Token budget of one forward and backward; bounds memory, changes no result.
+        tokens_per_micro_batch: Token budget of one forward and backward; bounds memory; without dropout it changes no
+            result beyond rounding.
         max_length: Longest row in tokens. A longer row is reported, or cut where no answer is lost.
         eval_every: Optimiser steps between evaluations; None means once an epoch.
         patience: Stop after this many evaluations without a better loss; None means never.

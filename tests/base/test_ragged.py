@@ -15,7 +15,9 @@ from transformers import (
 )
 
 from veneer.base.ragged import RaggedBatch, check_ragged, hidden_states, ragged_attention
+from veneer.config import LoRAConfig
 from veneer.errors import BaseModelError
+from veneer.nn.attach import attach
 
 LENGTHS = (3, 7, 7, 1, 12)
 
@@ -111,3 +113,19 @@ def test_sizes_that_disagree_are_refused():
     for lengths, slots in (((2, 2), None), ((5, 0), None), ((2, 3), (0,))):
         with pytest.raises(ValueError, match="disagree"):
             RaggedBatch(ids, marks, lengths, slots)
+
+
+def test_each_sequence_goes_through_the_slot_that_the_batch_names(tiny):
+    model, batch = tiny(), batch_of()
+    base = ragged_logits(model, batch)
+    attachment = attach(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for parameter in attachment.parameters().values():
+            parameter.add_(0.1)
+    adapted = ragged_logits(model, batch)
+    slots = (0, None, None, 0, None)
+    mixed = ragged_logits(model, RaggedBatch(batch.token_ids, batch.supervised, batch.lengths, slots))
+    own = torch.tensor([slot == 0 for slot, length in zip(slots, LENGTHS, strict=True) for _ in range(length)])
+    torch.testing.assert_close(mixed[own], adapted[own])
+    torch.testing.assert_close(mixed[~own], base[~own])
+    assert not torch.allclose(adapted, base)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,8 @@ def test_chat_keeps_the_dialogue_until_an_empty_line(call, tiny_base, monkeypatc
         (("generate", "no/such/base/anywhere", "--prompt", "x"), "no such file or directory"),
         (("generate", "smollm2", "--prompt", "x", "--file", "y"), "--prompt and --file exclude each other"),
         (("generate", "smollm2", "--prompt", "x", "--raw", "--system", "y"), "--system needs the chat template"),
+        (("generate", "smollm2", "--file", "y.jsonl", "--system", "y"), "--system goes with --prompt or a .txt file"),
+        (("generate", "smollm2", "--json"), "--json needs --prompt or --file"),
         (("generate", "smollm2", "--prompt", "x", "--set", "temprature=1"), "nearest: 'temperature'"),
         (("generate", "smollm2", "--prompt", "x", "--set", "top_p=2"), "top_p"),
         (("generate", "smollm2", "--prompt", "x", "--set", "top_p=a"), "is not a number"),
@@ -186,3 +189,69 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(run_file, tmp_path):
     assert "settings.train.max_steps: was None" in refused.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     assert (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.fixture
+def trained(call, run_file, tmp_path) -> Path:
+    assert call("train", run_file)[0] == 0
+    return tmp_path / "run" / "adapter"
+
+
+def test_an_adapter_for_other_weights_needs_any_base(call, trained, rows, tiny, tokenizer, tmp_path):
+    other = tmp_path / "other"
+    tiny(seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    for arguments in (("eval", other, rows), ("generate", other, "--prompt", "1 + 1?", "--set", "max_new_tokens=2")):
+        code, _, err = call(*arguments, "--adapter", trained)
+        assert code == 2
+        assert "fingerprint" in err
+        assert "--any-base" in err
+        assert call(*arguments, "--adapter", trained, "--any-base")[0] == 0
+
+
+def test_an_adapter_for_another_template_is_refused_before_the_weights_load(
+    call, trained, rows, tiny_base, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    template = other / "chat_template.jinja"
+    template.write_text("{# another #}" + template.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.base.load.AutoModelForCausalLM", None)
+        code, _, err = call("eval", other, rows, "--adapter", trained)
+    assert code == 2
+    assert "another chat template" in err
+    code, _, err = call("eval", other, rows, "--adapter", trained, "--any-base")
+    assert code == 0, err
+
+
+def test_rows_that_only_the_template_rejects_show_before_the_weights_load(call, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("veneer.base.load.AutoModelForCausalLM", None)
+    rows = tmp_path / "tool.jsonl"
+    turns = [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    code, _, err = call("eval", tiny_base, rows)
+    assert code == 2
+    assert "tool.jsonl:1: the chat template rejects the dialogue: no tools here" in err
+
+
+def test_rows_longer_than_the_models_positions_are_named(call, tiny, tokenizer, tmp_path):
+    base, rows = tmp_path / "short", tmp_path / "long.jsonl"
+    tiny(max_position_embeddings=40).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows.write_text(json.dumps({"prompt": "p" * 50, "completion": "c"}) + "\n")
+    run = tmp_path / "run.yaml"
+    run.write_text(f"base: {base}\ndata: {{train: {rows}}}\nout: {tmp_path / 'run'}\n")
+    for arguments in (("eval", base, rows), ("train", run)):
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert "long.jsonl:1: 52 tokens, at most 40 fit" in err
+
+
+def test_a_damaged_plan_is_one_message(call, trained, run_file):
+    plan = trained.parent / "plan.json"
+    plan.write_text(plan.read_text()[:100])
+    code, out, err = call("train", run_file, "--resume")
+    assert code == 2
+    assert "plan.json is damaged" in err
+    assert "Traceback" not in out + err

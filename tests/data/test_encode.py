@@ -78,8 +78,8 @@ def test_training_sees_what_asking_sees(dialogue):
     [
         (chat(("tool", "x"), ("assistant", "a")), "the chat template rejects the dialogue: no tools here"),
         (chat(("user", "x<|end|>"), ("assistant", "a")), "message 1 spells the special token '<|end|>'"),
-        (CompletionRow("a.jsonl:1", "p", "c" * 600), "602 tokens, max_length is 500: its answer would be cut"),
-        (chat(("user", "q" * 600), ("assistant", "a")), "max_length is 500: its answer would be cut"),
+        (CompletionRow("a.jsonl:1", "p", "c" * 600), "602 tokens, at most 500 fit: its answer would be cut"),
+        (chat(("user", "q" * 600), ("assistant", "a")), "at most 500 fit: its answer would be cut"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_named(row, message):

@@ -266,7 +266,7 @@ def test_an_adapter_that_was_never_trained_is_read():
         ("e.token_adapter.trainable_tokens_delta", (1, 4), "trainable tokens is not supported"),
         ("e.experts.base_layer.lora_A.weight", (2, 3), "nested factors"),
         ("m.base_layer.out_proj.lora_A.weight", (2, 3), "nested factors"),
-        ("l.q.base_layer.weight", (4, 3), "a base weight, as PEFT writes for embeddings"),
+        ("l.k.base_layer.weight", (4, 3), "the weight of a layer that is not adapted"),
         ("l.q.hada_w1_a", (4, 3), "another method than LoRA"),
         ("c.lora_A.weight", (2, 3, 3), "an adapted convolution is not supported (shape (2, 3, 3))"),
         ("c.lora_B.weight", (2, 3, 1, 1), "an adapted convolution is not supported"),

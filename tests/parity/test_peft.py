@@ -141,3 +141,22 @@ def test_gradients_equal_pefts(model, tmp_path):
     assert grads.keys() == theirs.keys()
     for name, grad in theirs.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT says that the head is tied, and that it saves the table
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]])
+def test_a_head_adapted_by_peft_loads_with_the_base_weight_beside_it(targets, model, tmp_path):
+    """PEFT writes the head's own weight, and the tied table's, into the file."""
+    theirs = saved_by_peft(model, tmp_path / "peft", {"r": 2, "target_modules": targets})
+    adapter = veneer.load_adapter(tmp_path / "peft")
+    assert "lm_head" in dict(adapter.metadata.base_weights)
+    model, _ = veneer.load_base("smollm2")
+    veneer.attach(model, adapter)
+    assert difference(logits(model), theirs) <= 1e-5
+    veneer.detach(model)
+    veneer.save_adapter(adapter, tmp_path / "again")
+    assert veneer.load_adapter(tmp_path / "again").metadata == adapter.metadata
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 1
+    with pytest.raises(veneer.VeneerError, match="the adapter's file carries other values"):
+        veneer.attach(model, adapter)

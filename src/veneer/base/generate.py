@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.config import SamplingConfig
+from veneer.nn.modes import evaluating
 
 GREEDY = SamplingConfig()
 
@@ -36,16 +37,12 @@ def generate_ids(
         Two forward products of the model's weights per token; keys and values of a batch are cached.
     """
     texts = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for part in _batches([len(prompt) for prompt in prompts], sampling.max_new_tokens, tokens_per_batch):
             for index, ids in zip(part, _continue(model, tokenizer, [prompts[i] for i in part], sampling), strict=True):
                 texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
             if on_done is not None:
                 on_done(len(part))
-    finally:
-        model.train(training)
     return texts
 
 

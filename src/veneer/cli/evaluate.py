@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 import veneer
-from veneer.cli.models import load, sampling_from
+from veneer.cli.models import open_base, sampling_from
 from veneer.cli.output import (
     AdapterFolder,
+    AnyBase,
     Json,
     Set,
     SkipBadRows,
@@ -28,6 +29,7 @@ def evaluate(
     base: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file or embedded model.")],
     data: Annotated[str, typer.Argument(metavar="ROWS", help="File of rows (.jsonl, .csv).")],
     adapter: AdapterFolder = None,
+    any_base: AnyBase = False,
     scores: Annotated[
         list[str] | None,
         typer.Option("--score", metavar="NAME", help="exact_match, json, accuracy, bleu or chrf; may be repeated."),
@@ -44,18 +46,14 @@ def evaluate(
     log_to_stderr()
     sampling = sampling_from(settings)
     check_scores(scores or ())
-    rows = veneer.read_rows(data, skip_bad_rows=skip_bad_rows)  # bad rows show before the base loads
-    model, tokenizer = load(base, adapter)
-    with answers_bar(None) as on_done:
-        found = veneer.evaluate(
-            model,
-            tokenizer,
-            rows,
-            scores=scores or (),
-            sampling=sampling,
-            skip_bad_rows=skip_bad_rows,
-            on_done=on_done,
-        )
+    read = veneer.read_rows(data, skip_bad_rows=skip_bad_rows)  # before the base is looked for: that may take a while
+    opened = open_base(base, adapter, any_base)
+    rows = veneer.prepare_evaluation(
+        opened.tokenizer, read, scores=scores or (), positions=opened.positions, skip_bad_rows=skip_bad_rows
+    )
+    model = opened.model()
+    with answers_bar(len(rows.prompts)) as on_done:
+        found = veneer.evaluate(model, opened.tokenizer, rows, sampling=sampling, on_done=on_done)
     print_bad_rows(found.bad_rows)
     if as_json:
         answers = [asdict(answer) for answer in found.answers[:examples]]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import veneer
-from veneer.cli.models import load, sampling_from
-from veneer.cli.output import AdapterFolder, Json, Set, answers_bar, log_to_stderr, print_json
+from veneer.cli.models import open_base, sampling_from
+from veneer.cli.output import AdapterFolder, AnyBase, Json, Set, answers_bar, log_to_stderr, print_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ EXAMPLE = "Example: veneer generate smollm2 --adapter runs/tickets/adapter --pro
 def generate(
     base: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file or embedded model.")],
     adapter: AdapterFolder = None,
+    any_base: AnyBase = False,
     prompt: Annotated[str | None, typer.Option(help="What to answer.")] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts: rows (.jsonl, .csv), or one a line (.txt).")
@@ -39,16 +40,21 @@ def generate(
         raise ConfigError("--prompt and --file exclude each other; choose one, or neither for a chat")
     if raw and system is not None:
         raise ConfigError("--system needs the chat template, which --raw leaves out; choose one")
+    talking = prompt is None and file is None
+    if talking and as_json:
+        raise ConfigError("--json needs --prompt or --file; a chat is for people")
     log_to_stderr()
     sampling = sampling_from(settings)
-    prompts = _from_file(file) if file is not None else [] if prompt is None else [prompt]
-    model, tokenizer = load(base, adapter)
+    prompts = _from_file(file, system) if file is not None else [] if prompt is None else [prompt]
+    opened = open_base(base, adapter, any_base)
+    tokenizer = opened.tokenizer
     opening = [] if system is None else [{"role": "system", "content": system}]
     if not raw and tokenizer.chat_template is not None:
         prompts = [_turns(one, opening) for one in prompts]
-    elif system is not None:
-        raise ConfigError("this base model has no chat template for a --system message")
-    if not prompts:
+    elif system is not None or talking:
+        raise ConfigError("this base model has no chat template to talk with, or for --system; use --prompt alone")
+    model = opened.model()
+    if talking:
         _talk(model, tokenizer, sampling, opening)
         return
     with answers_bar(len(prompts)) as on_done:
@@ -56,14 +62,20 @@ def generate(
     if as_json:
         print_json({"answers": answers})
         return
-    for answer in answers:
-        print(answer)
+    print(*answers, sep="\n\n")
 
 
-def _from_file(file: str) -> Sequence[Any]:
-    """Return the prompts of a file: rows as they are, lines of text as what a person says."""
-    found = veneer.read_prompts(file)
-    return [one.start for one in found] if file.endswith(".txt") else found
+def _from_file(file: str, system: str | None) -> Sequence[Any]:
+    """Return the prompts of a file: rows as they are, lines of text as what a person says.
+
+    Raises:
+        ConfigError: If a system message is given for rows, which say themselves what they begin with.
+    """
+    if file.lower().endswith(".txt"):
+        return [one.start for one in veneer.read_prompts(file)]
+    if system is not None:
+        raise ConfigError(f"--system goes with --prompt or a .txt file; the rows of {file} bring their own messages")
+    return veneer.read_prompts(file)
 
 
 def _turns(prompt: Any, opening: list[dict[str, str]]) -> Any:
@@ -78,8 +90,6 @@ def _talk(
     opening: list[dict[str, str]],
 ) -> None:
     """Answer turn by turn until an empty line or the end of the input."""
-    if tokenizer.chat_template is None:
-        raise ConfigError("this base model has no chat template to talk with; use --prompt")
     turns = list(opening)
     print("Say something; an empty line ends the chat.", file=sys.stderr)
     while True:

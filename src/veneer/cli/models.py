@@ -1,6 +1,7 @@
 """What `eval` and `generate` share: a base with an adapter in it, and settings of generation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import veneer
@@ -10,16 +11,45 @@ from veneer.names import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from veneer.adapter import Adapter
+    from veneer.base.source import Source
     from veneer.config import SamplingConfig
 
 
-def load(base: str, adapter: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return a base model and its tokenizer, with an adapter attached where one is named."""
-    value = veneer.load_adapter(adapter) if adapter is not None else None  # a bad adapter shows before the base loads
-    model, tokenizer = veneer.load_base(base)
-    if value is not None:
-        veneer.attach(model, value)
-    return model, tokenizer
+@dataclass(frozen=True)
+class Opened:
+    """A base that was found, with its tokenizer and the adapter to put in; its weights are not loaded yet."""
+
+    source: "Source"
+    tokenizer: "PreTrainedTokenizerBase"
+    adapter: "Adapter | None"
+    any_base: bool
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for, where it says so."""
+        return veneer.num_positions(veneer.load_config(self.source))
+
+    def model(self) -> "PreTrainedModel":
+        """Load the weights, and attach the adapter."""
+        model = veneer.load_model(self.source)
+        if self.adapter is not None:
+            veneer.attach(model, self.adapter, any_base=self.any_base)
+        return model
+
+
+def open_base(base: str, adapter: str | None, any_base: bool) -> Opened:
+    """Find a base and read its tokenizer, and an adapter where one is named: what is wrong shows before weights load.
+
+    Raises:
+        AdapterError: If the adapter cannot be read, or was trained with another chat template.
+    """
+    value = veneer.load_adapter(adapter) if adapter is not None else None
+    source = veneer.find_source(base)
+    tokenizer = veneer.load_tokenizer(source)
+    if value is not None and not any_base:
+        veneer.check_template(value.metadata, tokenizer)
+    return Opened(source, tokenizer, value, any_base)
 
 
 def sampling_from(settings: Sequence[str] | None) -> "SamplingConfig":

@@ -23,6 +23,10 @@ SkipBadRows = Annotated[
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder; the base alone without it.")
 ]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--any-base", help="Use the adapter although it was made for other weights or another template."),
+]
 
 
 def log_to_stderr() -> None:

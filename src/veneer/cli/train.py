@@ -21,11 +21,15 @@ def train(
     skip_bad_rows: SkipBadRows = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter, and write a run folder: adapter, checkpoints, metrics, loss.png."""
+    """Train an adapter, and write a run folder: adapter, checkpoints, metrics, loss.png.
+
+    A run file holds base, adapter (rank, alpha, target_modules, ...), data (train, eval), train (epochs,
+    learning_rate, tokens_per_step, max_length, eval_every, ...), seed and out; --set changes any of them.
+    """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; choose one")
     log_to_stderr()
-    overrides = [*(settings or ()), *([f"out={out}"] if out else ())]
+    overrides = [*(settings or ()), *([f"out={out}"] if out is not None else ())]
     if skip_bad_rows:
         overrides.append("data.skip_bad_rows=true")
     run = veneer.read_run_file(run_file, overrides)

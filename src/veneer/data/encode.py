@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from veneer.adapter import AdapterMetadata
 from veneer.data.rows import ChatRow, CompletionRow, Message, Prompt, Row, TextRow
-from veneer.errors import DataError
+from veneer.errors import AdapterError, DataError
 
 Part = tuple[list[int], bool]
 """Token ids, and whether their loss counts."""
@@ -111,6 +112,20 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
+def check_template(metadata: AdapterMetadata, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise where an adapter was trained on chats with another template than the tokenizer's.
+
+    Raises:
+        AdapterError: Then; its answers would be measured or used on other text than it learned from.
+    """
+    expected, found = metadata.template_digest, template_digest(tokenizer)
+    if metadata.row_format == "chat" and expected is not None and expected != found:
+        raise AdapterError(
+            f"the adapter was trained with another chat template: its digest is {expected[:16]}, the tokenizer's is "
+            f"{found[:16] if found else 'none'}; use the tokenizer that it was trained with, or --any-base"
+        )
+
+
 def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[EncodedRow]:
     if isinstance(row, TextRow):
         ids = [*_opening(row.text, tokenizer), _end(tokenizer)]
@@ -122,7 +137,7 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> It
     parts = _chat(row.messages, tokenizer) if isinstance(row, ChatRow) else _completion(row, tokenizer)
     encoded = _marked(row.source, parts)
     if len(encoded.token_ids) > max_length:
-        raise _RowError(f"{len(encoded.token_ids)} tokens, max_length is {max_length}: its answer would be cut")
+        raise _RowError(f"{len(encoded.token_ids)} tokens, at most {max_length} fit: its answer would be cut")
     if not encoded.supervised.any():
         raise _RowError("no supervised tokens")
     yield encoded

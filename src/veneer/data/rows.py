@@ -124,6 +124,9 @@ def read_prompts(path: str) -> list[Prompt]:
 
     Raises:
         DataError: As `read_rows`; also for a text row and for a prompt that is blank.
+
+    Example:
+        read_prompts("prompts.txt")[0].start
     """
     return [as_prompt(row) for row in _read(path, answers=False)[0]]
 

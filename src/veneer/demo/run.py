@@ -94,6 +94,9 @@ def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAI
 
     Cost:
         Five to ten minutes on two cores.
+
+    Example:
+        run_demo("runs/demo").adapter_score
     """
     folder = Path(out)
     if folder.exists() and not _is_earlier_demo(folder):

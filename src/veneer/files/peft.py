@@ -24,6 +24,7 @@ from veneer.files.peft_keys import Parts, read_keys, trained_problems
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
 from veneer.names import did_you_mean
+from veneer.ops.sample import sample_digest
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -87,7 +88,7 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     config, metadata = config_from_peft(raw, f"{where}/{CONFIG}")
     place = f"{where}/{TENSORS}"
     tensors = parse_tensors(files[TENSORS], place)
-    parts = read_keys(tensors, _PREFIX, place)
+    parts = read_keys(tensors, _PREFIX, config.modules_to_save, place)
     problems = list(parts.problems)
     problems += trained_problems(config, set(parts.modules), parts.trained, metadata.task_type)
     known = _read_notes(notes or {}, where)
@@ -95,7 +96,9 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     if problems:
         raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems)
     trained = {path: tensors[key] for path, key in parts.trained.items()}
-    adapter = Adapter(modules, config, trained, with_changes(metadata, **known["metadata"]))
+    weights = tuple((path, sample_digest(tensors[key])) for path, key in sorted(parts.base_weights.items()))
+    metadata = with_changes(metadata, base_weights=weights or known["base_weights"], **known["metadata"])
+    adapter = Adapter(modules, config, trained, metadata)
     if known["digest"] not in (None, adapter.digest):
         raise DamagedArtefactError(f"{where}: expected digest {known['digest']}, got {adapter.digest}")
     return adapter
@@ -146,6 +149,9 @@ def load_adapter(folder: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSyste
     Raises:
         AdapterError: If anything in it is missing, unknown, unsupported or wrong; every problem is listed.
         DamagedArtefactError: If it has a manifest and does not match it.
+
+    Example:
+        load_adapter("runs/tickets/adapter").config.rank
     """
     found = readable_folder(folder, fs=fs)
     if not fs.is_folder(found):
@@ -218,17 +224,23 @@ def _notes(adapter: Adapter) -> dict[str, Any]:
         if alphas[path] / divisor(ranks[path], scales.use_rslora) != pair.scaling
     }
     values = asdict(adapter.metadata)
-    return {"digest": adapter.digest, "metadata": {key: values[key] for key in _NOTED}, "scalings": inexact}
+    return {
+        "digest": adapter.digest,
+        "metadata": {key: values[key] for key in _NOTED},
+        "scalings": inexact,
+        "base_weights": dict(adapter.metadata.base_weights),
+    }
 
 
 def _read_notes(notes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return digest, metadata and scalings from a manifest's notes, with their types checked."""
+    """Return digest, metadata, scalings and base weights from a manifest's notes, with their types checked."""
     digest, metadata, scalings = notes.get("digest"), notes.get("metadata", {}), notes.get("scalings", {})
-    texts = [digest, *(metadata.values() if isinstance(metadata, dict) else [0])]
+    weights = notes.get("base_weights", {})
+    texts = [digest, *(value for one in (metadata, weights) for value in (one.values() if type(one) is dict else [0]))]
     if not all(text is None or isinstance(text, str) for text in texts) or not set(metadata) <= set(_NOTED):
         raise DamagedArtefactError(f"{where}: the manifest's notes must hold digest and {', '.join(_NOTED)} as strings")
     try:
         exact = {path: float.fromhex(text) for path, text in scalings.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise DamagedArtefactError(f"{where}: the manifest's scalings must be hexadecimal floats by module") from None
-    return {"digest": digest, "metadata": metadata, "scalings": exact}
+    return {"digest": digest, "metadata": metadata, "scalings": exact, "base_weights": tuple(sorted(weights.items()))}

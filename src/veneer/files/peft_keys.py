@@ -4,7 +4,7 @@ Loaders that skip what they do not know give adapters without effect (vllm#34186
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ _UNSUPPORTED = (
     (re.compile(r"\.lora_B(\.default)?\.bias$"), "a bias of lora_B (lora_bias)"),
     (re.compile(r"\.token_adapter\."), "trainable tokens"),
     (re.compile(r"\.base_layer\.(.+\.)?lora_[AB]\."), "stacked experts or attention projections (nested factors)"),
-    (re.compile(r"\.base_layer\.weight$"), "a base weight, as PEFT writes for embeddings"),
     (re.compile(r"\.(lora_E|(hada|lokr)_[wt]\d(_[ab])?|vera_lambda_[bd]|ia3_l)$"), "another method than LoRA"),
 )
 # PEFT adds both to these tasks, and a model has one of them.
 _EITHER = ("classifier", "score")
+_TABLES = ("embed_tokens", "lm_head")
+_BASE_WEIGHT = ".base_layer.weight"
 _CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -37,20 +38,23 @@ class Parts:
     Args:
         modules: Module path to the keys of lora_A and lora_B.
         trained: Parameter path to its key.
+        base_weights: Module path to the key of its base weight, as PEFT writes for embeddings and heads.
         problems: Keys that stand for nothing that can be used.
     """
 
     modules: Mapping[str, tuple[str, str]]
     trained: Mapping[str, str]
+    base_weights: Mapping[str, str]
     problems: tuple[str, ...]
 
 
-def read_keys(tensors: Mapping[str, Tensor], prefix: str, where: str) -> Parts:
+def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], where: str) -> Parts:
     """Sort the tensors of a file into factors and parameters that trained whole.
 
     Args:
         tensors: The tensors by key.
         prefix: What every key begins with.
+        saved: `modules_to_save` of the configuration.
         where: What errors call the file.
 
     Raises:
@@ -81,8 +85,9 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, where: str) -> Parts:
         if len(sides) == 1:
             (side, key), other = next(iter(sides.items())), "B" if "A" in sides else "A"
             problems.append(f"{key!r}: lora_{side} without lora_{other}{did_you_mean(path, modules)}")
+    base_weights = _base_weights(rest, modules, saved, problems)
     trained = _trained(rest, modules, tensors, problems)
-    return Parts(modules, trained, tuple(problems))
+    return Parts(modules, trained, base_weights, tuple(problems))
 
 
 def trained_problems(
@@ -148,6 +153,25 @@ def _key_problem(key: str, tensor: Tensor, prefix: str) -> str | None:
     if tensor.ndim < 2 or 0 in shape:
         return f"expected a matrix, got shape {shape}; were sharded weights (ZeRO-3, FSDP) not gathered before saving?"
     return None
+
+
+def _base_weights(
+    rest: dict[str, str], modules: Collection[str], saved: Sequence[str], problems: list[str]
+) -> dict[str, str]:
+    """Take the base's own weights out of the rest; `attach` compares them with the model's.
+
+    PEFT writes the table and the head along where one of them is adapted, the tied other one by its plain name.
+    """
+    keys = {}
+    for name, key in list(rest.items()):
+        wrapped = name.endswith(_BASE_WEIGHT)
+        path = name.removesuffix(_BASE_WEIGHT if wrapped else ".weight")
+        plain = name.endswith(".weight") and path.rpartition(".")[2] in _TABLES
+        if wrapped and path not in modules:
+            problems.append(f"{key!r}: the weight of a layer that is not adapted{did_you_mean(path, modules)}")
+        if wrapped or (plain and not any(_lies_under(name, entry) for entry in saved)):
+            keys[path] = rest.pop(name)
+    return keys
 
 
 def _trained(

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot, kaiming_uniform
 from veneer.nn.targets import Target, find_targets, shared_layers, unfit_layers
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
+from veneer.ops.sample import sample_digest
 
 _ATTRIBUTE = "_veneer_attachment"
 
@@ -105,7 +107,7 @@ def attach(
     if isinstance(what, Adapter):
         config, metadata = what.config, what.metadata
         if not any_base:
-            _check_base(what, base_fingerprint)
+            _check_base(model, what, base_fingerprint)
         targets = _targets_of(model, what)
         trained = trained_parameters(model, list(targets), config, what.trained)
     else:
@@ -182,6 +184,12 @@ def current_adapter(model: nn.Module) -> Adapter:
 
     Raises:
         AttachError: If no adapter is attached.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4))
+        >>> _ = attach(model, LoRAConfig(rank=2))
+        >>> current_adapter(model).digest == detach(model).digest
+        True
     """
     attachment = attachment_of(model)
     modules = {}
@@ -221,18 +229,31 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                 swap_in(one)
 
 
-def set_metadata(model: nn.Module, **changes: str | None) -> None:
+def set_metadata(model: nn.Module, **changes: Any) -> None:
     """Change what the attached adapter says it was made for, see `AdapterMetadata`."""
     attachment = attachment_of(model)
     attachment.metadata = replace(attachment.metadata, **changes)
 
 
-def _check_base(adapter: Adapter, base_fingerprint: str) -> None:
-    made_for = adapter.metadata.base_fingerprint
+def _check_base(model: nn.Module, adapter: Adapter, base_fingerprint: str) -> None:
+    """Raise where the model's weights are not those that the adapter was made for."""
+    made_for, known = adapter.metadata.base_fingerprint, dict(model.named_parameters(remove_duplicate=False))
+    problems = []
     if made_for is not None and made_for != base_fingerprint:
+        problems.append(f"fingerprint: the adapter's is {made_for[:16]}, the model's {base_fingerprint[:16]}")
+    for path, digest in adapter.metadata.base_weights:
+        weight = known.get(f"{path}.weight")
+        if weight is None:
+            problems.append(
+                f"{path}.weight: the adapter's file carries it, the model has none{did_you_mean(path, known)}"
+            )
+        elif sample_digest(weight) != digest:
+            problems.append(f"{path}.weight: the adapter's file carries other values")
+    if problems:
         raise AdapterError(
-            f"the adapter was made for other weights: {adapter.metadata.base} with fingerprint {made_for[:16]}, this "
-            f"model has {base_fingerprint[:16]} (nothing was touched); any_base=True puts it in all the same"
+            f"the adapter was made for other weights of {adapter.metadata.base or 'its base'} (another model, "
+            "revision or quantisation; nothing was touched); any_base=True, or --any-base, puts it in all the same",
+            problems,
         )
 
 

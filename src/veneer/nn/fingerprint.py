@@ -2,10 +2,9 @@
 
 import hashlib
 
-import torch
 from torch import nn
 
-SAMPLES = 1024
+from veneer.ops.sample import sample_values
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -24,9 +23,6 @@ def fingerprint(model: nn.Module) -> str:
     """
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLES)
-        sample = flat[::stride][:SAMPLES].to("cpu", torch.float32).contiguous()
         sha.update(f"{name}\0{tuple(parameter.shape)}\0".encode())
-        sha.update(sample.numpy().data)
+        sha.update(sample_values(parameter).numpy().data)
     return sha.hexdigest()

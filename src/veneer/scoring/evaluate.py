@@ -6,16 +6,34 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.base.generate import GREEDY
+from veneer.base.load import num_positions
 from veneer.base.ragged import check_ragged
 from veneer.config import SamplingConfig
 from veneer.data.answers import generate
-from veneer.data.encode import encode_rows
+from veneer.data.encode import EncodedRow, encode_rows
 from veneer.data.rows import Prompt, Row, RowsRead, as_prompt, read_rows
 from veneer.errors import DataError
 from veneer.scoring.loss import evaluate_loss
 from veneer.scoring.scores import score
 
 _NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows that an evaluation can use, see `prepare_evaluation`.
+
+    Args:
+        encoded: The rows as the model sees them.
+        prompts: What to ask for each row, where scores are asked for.
+        scores: Names of the scores.
+        bad_rows: "file:line: what is wrong" for every row left out.
+    """
+
+    encoded: tuple[EncodedRow, ...]
+    prompts: tuple[Prompt, ...]
+    scores: tuple[str, ...]
+    bad_rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | RowsRead,
+    data: str | PreparedRows,
     *,
     scores: Sequence[str] = (),
     sampling: SamplingConfig = GREEDY,
@@ -66,7 +84,7 @@ def evaluate(
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
-        data: File of rows, or what `read_rows` returned.
+        data: File of rows, or rows that `prepare_evaluation` prepared, with scores and all.
         scores: Names in `veneer.scoring.scores.SCORES`; each compares generated answers with the rows'.
         sampling: How answers are generated.
         skip_bad_rows: Leave out rows that cannot be used.
@@ -80,29 +98,58 @@ def evaluate(
     Example:
         evaluate(model, tokenizer, "valid.jsonl", scores=["exact_match"]).scores["exact_match"]
     """
-    found = read_rows(data, skip_bad_rows=skip_bad_rows) if isinstance(data, str) else data
-    encoded = encode_rows(found.rows, tokenizer, max_length=_NO_LIMIT, skip_bad_rows=skip_bad_rows)
-    used = {row.source for row in encoded.rows}
-    rows = [row for row in found.rows if row.source in used]
-    prompts = _prompts(rows) if scores else []
-    expected = [prompt.answer or "" for prompt in prompts]
-    if scores:
-        score(scores, expected, expected)  # names, packages and references are right, or it is said before any work
+    if isinstance(data, str):
+        positions = num_positions(model.config)
+        data = prepare_evaluation(tokenizer, data, scores=scores, positions=positions, skip_bad_rows=skip_bad_rows)
     check_ragged(model)
-    loss = evaluate_loss(model, encoded.rows)
-    got = generate(model, tokenizer, prompts, sampling=sampling, on_done=on_done) if scores else []
+    loss = evaluate_loss(model, data.encoded)
+    got = generate(model, tokenizer, data.prompts, sampling=sampling, on_done=on_done) if data.prompts else []
     return Evaluation(
-        num_rows=len(rows),
+        num_rows=len({row.source for row in data.encoded}),
         num_supervised=loss.num_supervised,
         loss=loss.mean,
         perplexity=loss.perplexity,
-        scores=score(scores, got, expected) if scores else {},
+        scores=score(data.scores, got, _expected(data.prompts)) if data.scores else {},
         answers=tuple(
             Answer(prompt.source, _text(prompt), prompt.answer or "", text)
-            for prompt, text in zip(prompts, got, strict=True)
+            for prompt, text in zip(data.prompts, got, strict=True)
         ),
-        bad_rows=(*found.bad, *encoded.bad),
+        bad_rows=data.bad_rows,
     )
+
+
+def prepare_evaluation(
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | RowsRead,
+    *,
+    scores: Sequence[str] = (),
+    positions: int | None = None,
+    skip_bad_rows: bool = False,
+) -> PreparedRows:
+    """Read and encode rows for an evaluation; all that can be wrong with them is said before a model is loaded.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        data: File of rows, or what `read_rows` returned.
+        scores: Names of the scores.
+        positions: Longest row that the model can take; None for any.
+        skip_bad_rows: Leave out rows that cannot be used.
+
+    Raises:
+        DataError: If rows cannot be used.
+        ConfigError: If a score is unknown.
+    """
+    found = read_rows(data, skip_bad_rows=skip_bad_rows) if isinstance(data, str) else data
+    encoded = encode_rows(found.rows, tokenizer, max_length=positions or _NO_LIMIT, skip_bad_rows=skip_bad_rows)
+    used = {row.source for row in encoded.rows}
+    prompts = _prompts([row for row in found.rows if row.source in used]) if scores else []
+    if scores:  # names, packages and references are right, or it is said before any work
+        score(scores, _expected(prompts), _expected(prompts))
+    return PreparedRows(tuple(encoded.rows), tuple(prompts), tuple(scores), (*found.bad, *encoded.bad))
+
+
+def _expected(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.answer or "" for prompt in prompts]
 
 
 def _prompts(rows: Sequence[Row]) -> list[Prompt]:

@@ -14,6 +14,7 @@ from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
 from veneer.nn.linear import is_plain_linear
+from veneer.nn.modes import evaluating
 from veneer.ops.loss import chunk_rows, linear_cross_entropy
 
 
@@ -49,17 +50,12 @@ def evaluate_loss(model: PreTrainedModel, rows: Sequence[EncodedRow], *, tokens_
 
     Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone.
     """
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.no_grad(), ragged_attention(model):
-            for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
-                batch = make_batch([rows[index] for index in part])
-                total += summed_loss(model, batch).item()
-                count += int(batch.supervised.sum())
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), ragged_attention(model):
+        for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
+            batch = make_batch([rows[index] for index in part])
+            total += summed_loss(model, batch).item()
+            count += int(batch.supervised.sum())
     return Loss(total / count, count)
 
 

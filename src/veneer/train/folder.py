@@ -58,7 +58,7 @@ def begin_run_folder(run: RunConfig, plan: Mapping[str, Any], made_with: Mapping
     """
     folder = check_run_folder(run.out, existing)
     if existing == "resume":
-        before = json.loads((folder / PLAN).read_text(encoding="utf-8"))["made_with"]
+        before = _made_with(folder / PLAN)
         changed = differences(before, json.loads(json.dumps(made_with)))
         if changed:
             raise OutputError(f"{folder} cannot be gone on from: the run has changed since", changed)
@@ -70,6 +70,13 @@ def begin_run_folder(run: RunConfig, plan: Mapping[str, Any], made_with: Mapping
     (folder / RUN).write_text(dump_run(run), encoding="utf-8")
     (folder / PLAN).write_text(json.dumps({**plan, "made_with": made_with}, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _made_with(plan: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(plan.read_text(encoding="utf-8"))["made_with"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{plan} is damaged, so the run cannot be gone on from: {error!r}") from None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,14 @@
 """Ctrl-C and SIGTERM: asked once, a run commits and leaves; asked twice, it leaves at once."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger("veneer")
 
 
 class StopRequested(Exception):  # noqa: N818 (a request, not an error; it never leaves this package)
@@ -32,6 +35,7 @@ class StopFlag:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
+        log.warning("stopping after the step in hand, with a checkpoint; once more to leave at once")
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter import AdapterMetadata
-from veneer.base.load import load_model, load_tokenizer
+from veneer.base.load import load_config, load_model, load_tokenizer, num_positions
 from veneer.base.source import find_source
 from veneer.config import DataConfig, RunConfig, TrainConfig
 from veneer.data.encode import template_digest
@@ -32,12 +32,15 @@ def run(config: RunConfig, *, existing: Existing = "refuse") -> TrainResult:
 
     Raises:
         VeneerError: Of the kind that fits; everything about folder, rows and base's name before the model is loaded.
+
+    Example:
+        run(read_run_file("examples/run.yaml")).eval_loss
     """
     check_run_folder(config.out, existing)
     read = read_data(config.data)  # before the base is looked for: converting a GGUF file takes half a minute
     source = find_source(config.base)
     tokenizer = load_tokenizer(source)
-    data = prepare_data(config.data, read, tokenizer, config.train.max_length)
+    data = prepare_data(config.data, read, tokenizer, _longest(config.train, load_config(source)))
     model = load_model(source)
     metadata = AdapterMetadata(
         base=source.name,
@@ -90,9 +93,14 @@ def finetune(
         seed=seed,
         out=out,
     )
-    prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, settings.train.max_length)
+    prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, _longest(settings.train, model.config))
     set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
     return _train(model, prepared, settings, existing)
+
+
+def _longest(train: TrainConfig, base: PreTrainedConfig) -> int:
+    """Return how long a row may be: learned positions end somewhere, and beyond them lies an IndexError."""
+    return min(train.max_length, num_positions(base) or train.max_length)
 
 
 def _train(model: PreTrainedModel, data: PreparedData, config: RunConfig, existing: Existing) -> TrainResult:

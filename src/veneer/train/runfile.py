@@ -41,6 +41,9 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or any setting is wrong, all at once.
+
+    Example:
+        read_run_file("examples/run.yaml", ["train.epochs=2"]).train.epochs
     """
     file = Path(path)
     if not file.is_file():
