@@ -103,7 +103,7 @@ def test_classes_are_flat_and_settings_small():
             own = [parent for parent in one.__mro__ if parent.__module__.startswith("veneer")]
             assert len(own) <= 2, f"{name}.{one.__name__} is {len(own)} deep"
             if issubclass(one, Settings):
-                assert len(one.model_fields) <= 15, one
+                assert len(one.model_fields) <= 20, one  # docs/decisions/0008
 
 
 def test_public_names_are_listed_once_and_documented():

@@ -15,19 +15,25 @@ from torch import Tensor
 
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
+from veneer.factors import FORMS, compute_delta
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The factors of one module: its update is `scaling * lora_B @ lora_A`.
+    """The factors of one module: its update is `scaling * lora_B · lora_A`, in the form that fits the module.
+
+    With a magnitude (DoRA) the module's weight becomes `magnitude · (W + delta) / ‖W + delta‖`, norms over the inputs.
 
     Args:
-        lora_A: Down projection, shape (rank, in).
-        lora_B: Up projection, shape (out, rank).
+        lora_A: Down projection, shape (rank, in) in the linear form; see `veneer.factors.FORMS`.
+        lora_B: Up projection, shape (out, rank) in the linear form.
         scaling: The factor that is really applied.
+        form: What the axes are.
+        magnitude: DoRA's, shape (out,).
+        frozen_rank: How many of the last ranks are the frozen start of a compensated initialisation.
 
     Raises:
-        AdapterError: If the factors are not two matrices of one rank and one dtype.
+        AdapterError: If the tensors do not fit the form and each other.
 
     Example:
         >>> pair = LowRank(torch.ones(2, 3), torch.ones(4, 2), scaling=0.5)
@@ -38,26 +44,47 @@ class LowRank:
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    form: str = "linear"
+    magnitude: Tensor | None = None
+    frozen_rank: int = 0
 
     def __post_init__(self) -> None:
-        A, B = self.lora_A, self.lora_B
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        A, B, form = self.lora_A, self.lora_B, FORMS.get(self.form)
+        if form is None:
+            raise AdapterError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if expected := form.problem(A, B):
             raise AdapterError(
-                f"lora_A must have shape (rank, in) and lora_B (out, rank), got {tuple(A.shape)} and {tuple(B.shape)}"
+                f"lora_A and lora_B of form {form.name} must be {expected}, {form.axes}; got {tuple(A.shape)} and "
+                f"{tuple(B.shape)}"
             )
         if A.dtype != B.dtype or not A.dtype.is_floating_point:
             raise AdapterError(f"lora_A and lora_B must share a floating dtype, got {A.dtype} and {B.dtype}")
-        object.__setattr__(self, "lora_A", _own(A))
-        object.__setattr__(self, "lora_B", _own(B))
+        out_features = form.sizes(A, B)[0]
+        if self.magnitude is not None and self.magnitude.shape != (out_features,):
+            raise AdapterError(f"magnitude must have shape ({out_features},), got {tuple(self.magnitude.shape)}")
+        if not 0 <= self.frozen_rank < self.rank:
+            raise AdapterError(f"frozen_rank must be from 0 to below the rank {self.rank}, got {self.frozen_rank}")
+        for name, tensor in self.tensors().items():
+            object.__setattr__(self, name, _own(tensor))
 
     @property
     def rank(self) -> int:
         """Inner dimension of the factors."""
-        return self.lora_A.shape[0]
+        return FORMS[self.form].rank(self.lora_A, self.lora_B)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Size of an output and of an input: (out, in)."""
+        return FORMS[self.form].sizes(self.lora_A, self.lora_B)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        return named if self.magnitude is None else named | {"magnitude": self.magnitude}
 
     def delta(self) -> Tensor:
-        """Return `scaling * lora_B @ lora_A`, shape (out, in), in float64."""
-        return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+        """Return `scaling * lora_B · lora_A` in the shape of the weight, in float64; a magnitude has no part in it."""
+        return compute_delta(self.form, self.lora_A, self.lora_B, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -128,8 +155,9 @@ class Adapter:
         """SHA-256 over what the adapter does: paths, scalings, dtypes, shapes, values; not name or metadata."""
         sha = hashlib.sha256()
         for path, pair in self.modules.items():
-            sha.update(f"{path}\0{float(pair.scaling).hex()}\0".encode())
-            for tensor in (pair.lora_A, pair.lora_B):
+            form = "" if pair.form == "linear" else f"{pair.form}\0"
+            sha.update(f"{path}\0{float(pair.scaling).hex()}\0{form}".encode())
+            for tensor in pair.tensors().values():
                 _hash_tensor(sha, tensor)
         for path, tensor in self.trained.items():
             sha.update(f"{path}\0".encode())
@@ -137,10 +165,10 @@ class Adapter:
         return sha.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor by a flat name: `PATH.lora_A`, `PATH.lora_B`, and trained parameters by their path."""
+        """Return every tensor by a flat name: `PATH.lora_A` and so on; what trained whole by its path."""
         flat: dict[str, Tensor] = {}
         for path, pair in self.modules.items():
-            flat |= {f"{path}.lora_A": pair.lora_A, f"{path}.lora_B": pair.lora_B}
+            flat |= {f"{path}.{name}": tensor for name, tensor in pair.tensors().items()}
         return flat | dict(self.trained)
 
     @property

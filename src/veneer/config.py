@@ -80,6 +80,12 @@ class LoRAConfig(Settings):
         use_rslora: Scale by `alpha / sqrt(rank)`.
         bias: Which biases train too: none, all of the model's, or those of adapted layers.
         modules_to_save: Suffixes of modules that train whole.
+        target_parameters: Suffixes of parameter paths: stacked experts, or any matrix that has no layer of its own.
+        use_dora: Train a magnitude for each output too (DoRA).
+        freeze_A: Leave `lora_A` as it starts (LoRA-FA).
+        parts: Pattern to runs of output rows (start, stop), each with ranks of its own: the q and v of a packed qkv.
+        init: How the factors start, a name in `ops.initialise.INITIALISATIONS`.
+        init_options: Settings of that initialisation.
 
     Raises:
         ConfigError: Unknown keys, wrong types, values out of range; all at once.
@@ -104,8 +110,21 @@ class LoRAConfig(Settings):
     use_rslora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    use_dora: bool = False
+    freeze_A: bool = False
+    parts: Mapping[str, tuple[tuple[int, int], ...]] = Field(default_factory=dict)
+    init: str = "kaiming"
+    init_options: Mapping[str, int | float | str] = Field(default_factory=dict)
 
-    @field_validator("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", mode="before")
+    @field_validator(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_parameters",
+        mode="before",
+    )
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, (list, set, frozenset)) else value
@@ -119,7 +138,32 @@ class LoRAConfig(Settings):
             raise ValueError("an entry stands twice")
         return value
 
-    @field_validator("rank_pattern", "alpha_pattern")
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _runs_to_tuples(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: tuple(tuple(run) if isinstance(run, list) else run for run in runs)
+            if isinstance(runs, (list, tuple))
+            else runs
+            for key, runs in value.items()
+        }
+
+    @field_validator("parts")
+    @classmethod
+    def _runs_follow(cls, value: Mapping[str, tuple[tuple[int, int], ...]]) -> Mapping[str, Any]:
+        for pattern, runs in value.items():
+            before = 0
+            for start, stop in runs:
+                if not before <= start < stop:
+                    raise ValueError(f"{pattern!r}: runs (start, stop) must rise and not overlap, got {list(runs)}")
+                before = stop
+            if not runs:
+                raise ValueError(f"{pattern!r}: name at least one run of output rows")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern", "parts")
     @classmethod
     def _keys_are_patterns(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
         for pattern in value:
@@ -137,7 +181,7 @@ class LoRAConfig(Settings):
             raise ValueError("layers_to_transform acts only with a list of target_modules")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts; set that too")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
         return self
 
@@ -148,6 +192,10 @@ class LoRAConfig(Settings):
     def alpha_for(self, path: str) -> float:
         """Return the alpha of the module at a path, after `alpha_pattern`."""
         return value_for(path, self.alpha_pattern, self.alpha)
+
+    def parts_for(self, path: str) -> tuple[tuple[int, int], ...]:
+        """Return the runs of output rows of the module at a path that have factors of their own; empty for all rows."""
+        return value_for(path, self.parts, ())
 
     def scaling_for(self, path: str) -> float:
         """Return the factor that multiplies `lora_B @ lora_A` of the module at a path."""
@@ -192,6 +240,7 @@ class TrainConfig(Settings):
         patience: Stop after this many evaluations without a better loss; None means never.
         checkpoint_every: Optimiser steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
+        lora_plus_ratio: Learning rate of `lora_B` over that of `lora_A` (LoRA+).
 
     Example:
         >>> TrainConfig(learning_rate=1e-3).epochs
@@ -216,6 +265,7 @@ class TrainConfig(Settings):
     patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
+    lora_plus_ratio: PositiveFloat = 1.0
 
 
 class SamplingConfig(Settings):

@@ -51,7 +51,7 @@ def test_rank_and_alpha_after_patterns():
         ({"target_modules": ["q_prj", "v_proj"]}, ["entry 'q_prj' matches 0 of 14 modules; nearest: 'q_proj'"]),
         ({"target_modules": "q_proj"}, ["matches no whole path; write a list for suffixes"]),
         ({"target_modules": ["norm"]}, ["layers.0.norm is a LayerNorm", "(and 2 more like it)"]),
-        ({"target_modules": ["embed"]}, ["embed is a Embedding; layers that can be adapted: Linear"]),
+        ({"target_modules": ["norm"]}, ["kinds that can be adapted: linear"]),
         ({"exclude_modules": ["vproj"]}, ["exclude_modules entry 'vproj'", "nearest: 'v_proj'"]),
         ({"exclude_modules": ["layers", "q_proj", "v_proj"]}, ["nothing is left"]),
         ({"modules_to_save": ["hed"]}, ["modules_to_save entry 'hed'"]),

@@ -4,10 +4,10 @@ While attached, the model carries one `Attachment`, which knows what was there b
 the model is as it was, bit for bit: weights, `requires_grad` flags, training modes, module tree.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, AttachError
 from veneer.names import did_you_mean
 from veneer.nn.fingerprint import fingerprint
+from veneer.nn.fitting import targets_of
 from veneer.nn.heads import output_heads
-from veneer.nn.kinds import LoRALayer, kind_of
+from veneer.nn.initial import fresh_pair, norm_axes, weight_of
+from veneer.nn.layer import LoRALayer
 from veneer.nn.routing import Routing
-from veneer.nn.slots import Slot, kaiming_uniform
-from veneer.nn.targets import Target, find_targets, shared_layers, unfit_layers
+from veneer.nn.slots import Slot
+from veneer.nn.targets import Target, find_targets
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
+from veneer.ops.dora import weight_norm2
 from veneer.ops.sample import sample_digest
 
 _ATTRIBUTE = "_veneer_attachment"
@@ -38,7 +41,7 @@ class Attachment:
         metadata: What the adapter was made for.
         routing: Which rows go through which slot.
         targets: The adapted layers, in the model's order.
-        layers: Module path to the layer now standing there.
+        layers: Path of a wrapped module to the layer now standing there.
         trained: Parameters that train whole, each with the frozen one it stands in for.
         requires_grad: Flag of every parameter as it was.
         training: Mode of every module as it was.
@@ -55,12 +58,15 @@ class Attachment:
     training: dict[str, bool] = field(default_factory=dict)
     disabled: int = 0
 
+    def slot(self, target: Target, index: int = 0) -> Slot:
+        """Return the slot of a target in the bank of its layer."""
+        return self.layers[target.owner].slot(index, target.member)
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what trains, by the flat names of `Adapter.tensors`."""
+        """Return the adapter's parameters by the flat names of `Adapter.tensors`; a frozen `lora_A` is among them."""
         flat: dict[str, nn.Parameter] = {}
-        for path, layer in self.layers.items():
-            slot = layer.slot(0)
-            flat |= {f"{path}.lora_A": slot.lora_A, f"{path}.lora_B": slot.lora_B}
+        for target in self.targets:
+            flat |= {f"{target.path}.{name}": one for name, one in self.slot(target).trainable().items()}
         return flat | {path: one.trained for path, one in self.trained.items()}
 
 
@@ -71,6 +77,7 @@ def attach(
     seed: int = 0,
     metadata: AdapterMetadata | None = None,
     any_base: bool = False,
+    observed: Mapping[str, Tensor] | None = None,
 ) -> Attachment:
     """Put low-rank layers into a model, in place: fresh ones from a configuration, or those of an adapter.
 
@@ -83,6 +90,7 @@ def attach(
         seed: Fixes a fresh `lora_A`.
         metadata: What a fresh adapter is made for; an adapter brings its own.
         any_base: Put an adapter in even where the base's weights are not those that it was made for.
+        observed: What a fresh adapter's initialisation needs beside the weights, by path: see `nn.observe`.
 
     Returns:
         The attachment; the model holds it too.
@@ -108,19 +116,23 @@ def attach(
         config, metadata = what.config, what.metadata
         if not any_base:
             _check_base(model, what, base_fingerprint)
-        targets = _targets_of(model, what)
-        trained = trained_parameters(model, list(targets), config, what.trained)
+        targets = targets_of(model, what)
+        trained = trained_parameters(model, [target.owner for target in targets], config, what.trained)
+        pairs = {target.path: replace(what.modules[target.path], form=target.kind.form) for target in targets}
     else:
         config, metadata = what, replace(metadata or AdapterMetadata(), base_fingerprint=base_fingerprint)
-        targets = {target.path: target for target in find_targets(model, config, skip=output_heads(model))}
-        trained = trained_parameters(model, list(targets), config, None)
-    attachment = Attachment(config, metadata, Routing(), tuple(targets.values()))
+        targets = find_targets(model, config, skip=output_heads(model))
+        trained = trained_parameters(model, [target.owner for target in targets], config, None)
+        seen = observed or {}
+        pairs = {
+            target.path: fresh_pair(model.get_submodule(target.owner), target, config, seed, seen.get(target.path))
+            for target in targets
+        }
+    attachment = Attachment(config, metadata, Routing(), tuple(targets))
     attachment.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     attachment.training = {name: module.training for name, module in model.named_modules()}
     model.requires_grad_(False)
-    for path, target in targets.items():
-        slot = _slot_of(what.modules[path], config) if isinstance(what, Adapter) else _fresh(target, config, seed)
-        attachment.layers[path] = _install(model, target, slot, attachment.routing)
+    _install(model, attachment, pairs)
     for path, one in trained.items():
         swap_in(one)
         attachment.trained[path] = one
@@ -156,7 +168,7 @@ def detach(model: nn.Module) -> Adapter:
     adapter = current_adapter(model)
     for one in attachment.trained.values():
         swap_out(one)
-    for path, layer in attachment.layers.items():
+    for path, layer in reversed(attachment.layers.items()):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base)
     delattr(model, _ATTRIBUTE)
@@ -192,10 +204,7 @@ def current_adapter(model: nn.Module) -> Adapter:
         True
     """
     attachment = attachment_of(model)
-    modules = {}
-    for path, layer in attachment.layers.items():
-        slot = layer.slot(0)
-        modules[path] = LowRank(slot.lora_A, slot.lora_B, slot.scaling)
+    modules = {target.path: attachment.slot(target).pair() for target in attachment.targets}
     trained: dict[str, Tensor] = {path: one.trained for path, one in attachment.trained.items()}
     return Adapter(modules, attachment.config, trained, attachment.metadata)
 
@@ -257,56 +266,30 @@ def _check_base(model: nn.Module, adapter: Adapter, base_fingerprint: str) -> No
         )
 
 
-def _install(model: nn.Module, target: Target, slot: Slot, routing: Routing) -> LoRALayer:
-    parent_path, _, name = target.path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    base = getattr(parent, name)
-    layer = target.kind.build(base, routing)
-    layer.slots.append(slot.to(base.weight.device))
-    layer.train(base.training)
-    setattr(parent, name, layer)
-    return layer
+def _install(model: nn.Module, attachment: Attachment, pairs: Mapping[str, LowRank]) -> None:
+    """Put a layer with one adapter's slots in the place of each module that targets name."""
+    by_owner: dict[str, list[Target]] = {}
+    for target in attachment.targets:
+        by_owner.setdefault(target.owner, []).append(target)
+    # The deepest first: wrapping a module moves what lies in it to another path.
+    for owner, targets in sorted(by_owner.items(), key=lambda item: -item[0].count(".")):
+        parent_path, _, name = owner.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        base = getattr(parent, name)
+        layer = targets[0].kind.build(base, attachment.routing)
+        device = next(chain(base.parameters(), base.buffers())).device
+        slots = {one.member: _slot(base, one, pairs[one.path], attachment.config) for one in targets}
+        layer.put({member: slot.to(device) for member, slot in slots.items()})
+        layer.train(base.training)
+        setattr(parent, name, layer)
+        attachment.layers[owner] = layer
 
 
-def _fresh(target: Target, config: LoRAConfig, seed: int) -> Slot:
-    """Return a new slot whose `lora_A` depends on the seed and the module's path alone."""
-    key = hashlib.sha256(f"{seed}\0{target.path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    A = kaiming_uniform(target.rank, target.in_features, generator)
-    return Slot(A, torch.zeros(target.out_features, target.rank), target.scaling, config.dropout)
-
-
-def _slot_of(pair: LowRank, config: LoRAConfig) -> Slot:
-    """Return a slot with an adapter's factors, in float32: training needs it, and no 16-bit value is lost."""
+def _slot(base: nn.Module, target: Target, pair: LowRank, config: LoRAConfig) -> Slot:
+    """Return a slot with an adapter's factors, at least float32: training needs it, and no 16-bit value is lost."""
     dtype = torch.promote_types(pair.lora_A.dtype, torch.float32)
-    return Slot(pair.lora_A.to(dtype, copy=True), pair.lora_B.to(dtype, copy=True), pair.scaling, config.dropout)
-
-
-def _targets_of(model: nn.Module, adapter: Adapter) -> dict[str, Target]:
-    """Return the layers that an adapter's modules name.
-
-    Raises:
-        AdapterError: For every module that the model lacks or whose shape differs, all at once.
-    """
-    known = dict(model.named_modules())
-    problems = [
-        f"{path}: the model has no such module{did_you_mean(path, known)}"
-        for path in adapter.modules
-        if path not in known
-    ]
-    if problems:
-        raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
-    problems += [*shared_layers(model, set(adapter.modules)), *unfit_layers(known, list(adapter.modules))]
-    if problems:
-        raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
-    targets = {}
-    for path, pair in adapter.modules.items():
-        kind = kind_of(known[path])
-        assert kind is not None  # unfit_layers has asked
-        expected, found = kind.shape(known[path]), (pair.lora_B.shape[0], pair.lora_A.shape[1])
-        if found != expected:
-            problems.append(f"{path}: the layer is (out, in) = {expected}, the adapter is for {found}")
-        targets[path] = Target(path, kind, *expected, pair.rank, pair.scaling)
-    if problems:
-        raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
-    return targets
+    slot = Slot(pair, dropout=config.dropout, parts=target.parts, freeze_A=config.freeze_A, dtype=dtype)
+    if pair.magnitude is not None and not target.member:
+        weight = weight_of(base, target.member)
+        slot.weight_norm2 = weight_norm2(weight, norm_axes(target, weight.ndim))
+    return slot

@@ -1,13 +1,13 @@
-"""LoRA on a linear layer."""
+"""LoRA on a linear layer: torch's, transformers' Conv1D, or one whose weight is quantised."""
 
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.nn.routing import Routing
+from veneer.nn.layer import LoRALayer
 from veneer.nn.slots import Slot
+from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm
 from veneer.ops.lora import lora_linear
 from veneer.ops.reference import lora_delta
 
@@ -27,74 +27,75 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """A frozen linear layer with a bank of low-rank updates.
 
     For the rows of each segment of the routing:
 
         out[rows] = base(x)[rows] + scaling * x[rows] @ lora_A.T @ lora_B.T
 
+    and with a magnitude (DoRA), W the weight and b the bias of the base:
+
+        c = magnitude / ‖W + scaling * lora_B @ lora_A‖, norms of rows, taken as constants
+        out[rows] = c * (x[rows] @ W.T + scaling * x[rows] @ lora_A.T @ lora_B.T) + b
+
     Args:
         base: The layer that was there before; called as it is.
         routing: Which rows go through which slot.
 
     Example:
+        >>> from veneer.adapter import LowRank
+        >>> from veneer.nn.routing import Routing
         >>> layer = LoRALinear(nn.Linear(3, 4), Routing())
-        >>> layer.slots.append(Slot(torch.ones(2, 3), torch.zeros(4, 2), scaling=1.0, dropout=0.0))
-        ModuleList(
-          (0): Slot(rank=2, scaling=1, dropout=0)
-        )
+        >>> layer.put({"": Slot(LowRank(torch.ones(2, 3), torch.zeros(4, 2), scaling=1.0))})
         >>> x = torch.ones(5, 3)
         >>> torch.equal(layer(x), layer.base(x))
         True
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; DoRA: Liu et al. 2024, arXiv:2402.09353, section 4.3. Differs:
+        the norm is taken from the factors, see `ops.dora.product_norm`.
     """
-
-    def __init__(self, base: nn.Linear, routing: Routing) -> None:
-        super().__init__()
-        self.base = base
-        self.slots = nn.ModuleList()
-        self.routing = routing
-
-    # Models read these of their layers (dtype, device, sizes); what they get is the base's.
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight of the base layer, without the update."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of the base layer."""
-        return self.base.bias
 
     @property
     def in_features(self) -> int:
         """Size of an input row."""
-        return self.base.in_features
+        return self.base.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
         """Size of an output row."""
-        return self.base.out_features
-
-    def slot(self, index: int) -> Slot:
-        """Return a slot of the bank."""
-        return cast(Slot, self.slots[index])
+        return self.base.out_features  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the base and, segment by segment, the updates; x has shape (..., in)."""
-        rows = x.reshape(-1, x.shape[-1])
-        segments = self.routing.segments(rows.shape[0])
-        outputs = [self._segment(rows[part.start : part.stop], part.slot) for part in segments]
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        out = self.by_segment(x.reshape(-1, x.shape[-1]), self._segment)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _segment(self, x_NI: Tensor, slot_index: int | None) -> Tensor:
         if slot_index is None:
             return self.base(x_NI)
         slot = self.slot(slot_index)
-        A, B = slot.lora_A.to(x_NI.dtype), slot.lora_B.to(x_NI.dtype)
-        dropping = slot.dropout > 0 and self.training
-        if is_plain_linear(self.base) and not dropping:
-            return lora_linear(x_NI, self.base.weight, self.base.bias, A, B, slot.scaling)
-        branch = F.dropout(x_NI, slot.dropout) if dropping else x_NI
+        A, B = slot.factors(x_NI.dtype)
+        if slot.magnitude is not None:
+            return self._with_magnitude(x_NI, slot, A, B)
+        branch = self.drop(x_NI, slot)
+        if branch is x_NI and is_plain_linear(self.base):
+            return lora_linear(x_NI, self.base.weight, self.base.bias, A, B, slot.scaling)  # type: ignore[arg-type]
         return self.base(x_NI) + lora_delta(branch, A, B, slot.scaling)
+
+    def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+        bias = self.bias
+        with torch.no_grad():
+            # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
+            projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
+            norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
+        ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
+        branch = self.drop(x_NI, slot)
+        if branch is x_NI and is_plain_linear(self.base):
+            return dora_linear(x_NI, self.base.weight, bias, A, B, slot.scaling, ratio_O)  # type: ignore[arg-type]
+        out = self.base(x_NI)
+        if bias is not None:
+            out = out - bias
+        out = ratio_O.to(out.dtype) * (out + lora_delta(branch, A, B, slot.scaling))
+        return out if bias is None else out + bias

@@ -1,7 +1,7 @@
 """What an adapter would change in a model, said before anything is touched."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from veneer.nn.attach import attachment_of, require_bare
 from veneer.nn.heads import output_heads
 from veneer.nn.targets import Target, find_targets
 from veneer.nn.trained import TrainedParameter, trained_parameters
+from veneer.nn.unfit import oversized, uncalled
 
 FACTOR_BYTES = 4
 """Factors are trained in float32."""
@@ -48,11 +49,13 @@ class Plan:
         modules: Layers that get low-rank factors.
         trained: Parameters that train whole beside them.
         base_parameters: Parameters of the base model, tied ones counted once.
+        notes: What is allowed and probably not meant: ranks above a layer's own, layers that a probe never called.
     """
 
     modules: tuple[PlannedModule, ...]
     trained: tuple[PlannedParameter, ...]
     base_parameters: int
+    notes: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -94,11 +97,17 @@ class Plan:
         return _aligned(self.table()) + (
             f"\n{self.num_parameters:,} of {self.base_parameters:,} parameters"
             f" ({self.trainable_share:.2%}), {self.num_bytes:,} bytes"
+            + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
 
-def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+def plan(model: nn.Module, config: LoRAConfig, *, probe: Callable[[], object] | None = None) -> Plan:
     """Say which layers a configuration adapts in a model, with shapes, parameters and bytes; nothing is touched.
+
+    Args:
+        model: Any module.
+        config: Which layers, and how.
+        probe: Runs the model once; layers that it never calls are noted, for an adapter would have no effect there.
 
     Raises:
         AttachError: If an adapter is attached; `plan_of` says what it came from.
@@ -112,8 +121,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """
     require_bare(model)
     targets = find_targets(model, config, skip=output_heads(model))
-    trained = trained_parameters(model, [target.path for target in targets], config, None)
-    return _plan(targets, trained, sum(parameter.numel() for parameter in model.parameters()))
+    trained = trained_parameters(model, [target.owner for target in targets], config, None)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    notes = [note for target in targets for note in oversized(model.get_submodule(target.owner), target)]
+    if probe is not None:
+        notes += uncalled(model, targets, probe)
+    return replace(_plan(targets, trained, everything, config), notes=tuple(notes))
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -124,13 +137,17 @@ def plan_of(model: nn.Module) -> Plan:
     """
     attachment = attachment_of(model)
     everything = sum(parameter.numel() for parameter in model.parameters())
-    factors = sum(target.num_parameters for target in attachment.targets)
-    return _plan(attachment.targets, attachment.trained, everything - factors)
+    factors = sum(one.numel() for layer in attachment.layers.values() for one in layer.slots.parameters())
+    planned = _plan(attachment.targets, attachment.trained, everything - factors, attachment.config)
+    notes = [note for one in attachment.targets for note in oversized(attachment.layers[one.owner].base, one)]
+    return replace(planned, notes=tuple(notes))
 
 
-def _plan(targets: Sequence[Target], trained: Mapping[str, TrainedParameter], base_parameters: int) -> Plan:
+def _plan(
+    targets: Sequence[Target], trained: Mapping[str, TrainedParameter], base_parameters: int, config: LoRAConfig
+) -> Plan:
     return Plan(
-        modules=tuple(_module(target) for target in targets),
+        modules=tuple(_module(target, config) for target in targets),
         trained=tuple(
             PlannedParameter(path, tuple(one.shape), one.numel(), one.numel() * one.element_size())
             for path, one in ((path, entry.original) for path, entry in trained.items())
@@ -139,15 +156,16 @@ def _plan(targets: Sequence[Target], trained: Mapping[str, TrainedParameter], ba
     )
 
 
-def _module(target: Target) -> PlannedModule:
+def _module(target: Target, config: LoRAConfig) -> PlannedModule:
+    count = target.num_trainable(config)
     return PlannedModule(
         path=target.path,
         kind=target.kind.name,
         shape=(target.out_features, target.in_features),
-        rank=target.rank,
+        rank=target.full_rank,
         scaling=target.scaling,
-        num_parameters=target.num_parameters,
-        num_bytes=target.num_parameters * FACTOR_BYTES,
+        num_parameters=count,
+        num_bytes=count * FACTOR_BYTES,
     )
 
 

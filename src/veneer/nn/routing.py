@@ -51,6 +51,12 @@ class Routing:
             raise AttachError(f"the routing covers {self._segments[-1].stop} rows, the layer got {num_rows}")
         return self._segments
 
+    def all_slots(self) -> tuple[int | None, ...]:
+        """Return the slots that rows go through, each once."""
+        if self._segments is None:
+            return (self._slot,)
+        return tuple(dict.fromkeys(segment.slot for segment in self._segments))
+
     @contextmanager
     def using(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Route by these segments within the block.

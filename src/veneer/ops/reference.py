@@ -3,6 +3,7 @@
 Shapes: N rows, I in, O out, R rank, D hidden, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,3 +23,16 @@ def lora_delta(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tens
 def linear_cross_entropy(x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
     """Return the summed cross-entropy of `softmax(x Wᵀ + bias)` against the targets, a scalar."""
     return F.cross_entropy(F.linear(x_ND, W_VD, bias_V), targets_N, reduction="sum")
+
+
+def product_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return the norm of each row of `W + scaling · B A`, shape (O,)."""
+    return torch.linalg.norm(W_OI + scaling * (B_OR @ A_RI), dim=1)
+
+
+def dora_linear(
+    x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor
+) -> Tensor:
+    """Return `ratio · (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias`, shape (N, O)."""
+    out_NO = ratio_O * (F.linear(x_NI, W_OI) + scaling * (x_NI @ A_RI.T @ B_OR.T))
+    return out_NO if bias_O is None else out_NO + bias_O

@@ -1,0 +1,129 @@
+"""LoRA on stacked mixture-of-experts parameters: low-rank products of each expert's own tokens, never a dense delta.
+
+Shapes: T tokens, K experts of each, S = T·K pairs, E experts, H hidden, F features within an expert, R rank.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.nn.layer import LoRALayer
+from veneer.ops.lora import lora_linear
+
+UP_GATED, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
+
+
+@runtime_checkable
+class StackedExperts(Protocol):
+    """The protocol of transformers' experts modules (`use_experts_implementation`)."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    _is_expert_parallel: bool
+    down_proj: nn.Parameter
+
+
+class LoRAExperts(LoRALayer):
+    """Frozen stacked experts of which one or both projections have low-rank updates.
+
+    For each expert e that has tokens, x its tokens:
+
+        up = x @ W_up[e].T + scaling * x @ A[e].T @ B[e].T; likewise the projection down
+
+    which equals the base module with `W[e] + scaling * B[e] @ A[e]`; that sum is never formed.
+
+    Args:
+        base: transformers' experts module; it is called as it is where no slot is asked for.
+        routing: Which tokens go through which slot.
+
+    Cost:
+        Beside the experts' own products, 2·S·R·(H + F) operations each way; each expert's tokens are gathered once.
+
+    Source:
+        transformers 5 `integrations/moe.py` for what an experts module computes; the branch after Hu et al. 2021.
+    """
+
+    def forward(self, hidden_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+        """Apply each token's experts and add them up by their weights."""
+        segments = self.routing.segments(hidden_TH.shape[0])
+        parts = [
+            self._segment(hidden_TH[rows], top_k_index_TK[rows], top_k_weights_TK[rows], part.slot)
+            for part in segments
+            for rows in (slice(part.start, part.stop),)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _segment(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, slot_index: int | None) -> Tensor:
+        base: Any = self.base
+        if slot_index is None:
+            return base(x_TH, index_TK, weights_TK)
+        chosen = index_TK.shape[1]
+        order_S = index_TK.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(index_TK.reshape(-1), minlength=base.num_experts).tolist()
+        up_name = UP_GATED if base.has_gate else UP
+        up, down = self._projection(up_name, slot_index, x_TH.dtype), self._projection(DOWN, slot_index, x_TH.dtype)
+        outputs, start = [], 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            tokens = order_S[start : start + count] // chosen
+            inner = up(expert, x_TH[tokens])
+            inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
+            outputs.append(down(expert, inner))
+            start += count
+        out_SH = torch.cat(outputs)
+        if base.has_post_expert_norm:
+            out_SH = base.post_expert_norm(out_SH)
+        out_SH = out_SH * weights_TK.reshape(-1)[order_S][:, None]
+        back_S = torch.empty_like(order_S)
+        back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        return out_SH[back_S].view(*index_TK.shape, -1).sum(1).to(x_TH.dtype)
+
+    def _projection(self, name: str, slot_index: int, dtype: torch.dtype) -> Any:
+        """Return the function (expert, its tokens) → the projection of them, with the update where there is one."""
+        base: Any = self.base
+        weight = base.get_parameter(name)
+        bias = base.get_parameter(f"{name}_bias") if base.has_bias else None
+        bank: Any = self.slots[slot_index]
+        slot = self.slot(slot_index, name) if name in bank else None
+        # One unbind gives each expert its factors, and its gradients one place to be stacked.
+        factors = None if slot is None else [one.unbind(0) for one in slot.factors(dtype)]
+
+        def project(expert: int, x: Tensor) -> Tensor:
+            W_OI = weight[expert].T if base.is_transposed else weight[expert]
+            b_O = None if bias is None else bias[expert]
+            if slot is None or factors is None:
+                return F.linear(x, W_OI, b_O)
+            A, B = factors[0][expert], factors[1][expert]
+            dropped = self.drop(x, slot)
+            if dropped is x:
+                return lora_linear(x, W_OI, b_O, A, B, slot.scaling)
+            return F.linear(x, W_OI, b_O) + slot.scaling * (dropped @ A.T @ B.T)
+
+        return project
+
+
+def why_not_experts(module: nn.Module, name: str) -> str | None:
+    """Return why a stacked parameter cannot be adapted, or None where it can."""
+    if not isinstance(module, StackedExperts):
+        return (
+            f"is a stack of matrices in a {type(module).__name__}, which is no experts module of transformers 5; "
+            "how it is used cannot be told from outside"
+        )
+    if module._is_expert_parallel:
+        return "is one rank's share of experts that are spread over processes"
+    if name not in (UP_GATED, UP, DOWN):
+        return f"is no projection of the experts ({UP_GATED}, {UP}, {DOWN})"
+    return None
+
+
+def expert_sizes(module: nn.Module, name: str) -> tuple[int, int]:
+    """Return (out, in) of one expert's projection."""
+    experts: Any = module
+    first, second = module.get_parameter(name).shape[1:]
+    return (second, first) if experts.is_transposed else (first, second)

@@ -1,0 +1,82 @@
+"""Where an adapter's modules belong in a model, and whether they fit."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from veneer.adapter import Adapter, LowRank
+from veneer.errors import AdapterError
+from veneer.names import did_you_mean
+from veneer.nn.kinds import kind_of
+from veneer.nn.slots import only_parts, spread_parts
+from veneer.nn.targets import Target, locate
+from veneer.nn.unfit import shared_layers, unfit_layers
+
+_ALIKE = (
+    {"linear", "transposed", "parameter"},
+    {"attention_in", "parameter"},
+    {"attention_out", "linear", "parameter"},
+)
+
+
+def targets_of(model: nn.Module, adapter: Adapter) -> list[Target]:
+    """Return the layers that an adapter's modules name, in the model's order.
+
+    Raises:
+        AdapterError: For every module that the model lacks or that does not fit, all at once.
+    """
+    modules = dict(model.named_modules())
+    places: dict[str, tuple[str, str]] = {}
+    problems = []
+    names = [*modules, *(name for name, _ in model.named_parameters())]
+    for path in adapter.modules:
+        try:
+            places[path] = locate(modules, path)
+        except KeyError:
+            problems.append(f"{path}: the model has no such module{did_you_mean(path, names)}")
+    problems += [*shared_layers(model, {owner for owner, _ in places.values()})]
+    problems += unfit_layers(modules, list(places.values()))
+    targets = []
+    if not problems:
+        targets = [_target(modules, path, *places[path], adapter) for path in adapter.modules]
+        problems = [line for one in targets for line in _misfits(one, adapter.modules[one.path])]
+    if problems:
+        raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
+    order = {path: place for place, path in enumerate(modules)}
+    return sorted(targets, key=lambda one: order[one.owner])
+
+
+def _target(modules: Mapping[str, nn.Module], path: str, owner: str, member: str, adapter: Adapter) -> Target:
+    """Return the target of a module that the adapter brings: ranks and scaling are the values' own."""
+    pair, kind = adapter.modules[path], kind_of(modules[owner], member)
+    assert kind is not None  # unfit_layers has asked
+    sizes = kind.sizes(modules[owner], member)
+    parts = adapter.config.parts_for(path)
+    trained = pair.rank - pair.frozen_rank
+    if parts and not _holds_parts(pair, parts):
+        parts = ()  # other tools' values, which fill the block matrix: they are used as they are
+    shapes = kind.shapes(modules[owner], member, pair.rank)
+    return Target(path, owner, member, kind, *sizes, shapes, trained // max(1, len(parts)), pair.scaling, parts)
+
+
+def _holds_parts(pair: LowRank, parts: tuple[tuple[int, int], ...]) -> bool:
+    """Tell whether lora_B is zero but for the blocks of the parts."""
+    if pair.lora_B.ndim != 2 or pair.frozen_rank or pair.rank % len(parts) or parts[-1][1] > pair.sizes[0]:
+        return False
+    return bool(spread_parts(only_parts(pair.lora_B, parts), parts, pair.sizes[0]).equal(pair.lora_B))
+
+
+def _misfits(target: Target, pair: LowRank) -> list[str]:
+    form = target.kind.form
+    if pair.form != form and not any({pair.form, form} <= alike for alike in _ALIKE):
+        return [f"{target.path}: the layer is of form {form!r}, the adapter's factors are of form {pair.form!r}"]
+    found = (tuple(pair.lora_A.shape), tuple(pair.lora_B.shape))
+    if found == target.shapes:
+        return []
+    expected, got = (target.out_features, target.in_features), pair.sizes
+    if expected != got:
+        return [f"{target.path}: the layer is (out, in) = {expected}, the adapter is for {got}"]
+    return [
+        f"{target.path}: lora_A and lora_B should have shapes {target.shapes[0]} and {target.shapes[1]} for rank "
+        f"{pair.rank}, got {found[0]} and {found[1]}"
+    ]

@@ -1,0 +1,140 @@
+"""DoRA: a weight taken apart into magnitude and direction, the norm from the factors.
+
+Shapes: N rows, I in, O out, R rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.ops import reference
+
+
+def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return the row norms of `W + scaling · B A` without forming it.
+
+    Equals, and is tested against, `ops.reference.product_norm`:
+
+        ‖W + s B A‖² = ‖W‖² + 2 s · Σ_r B ∘ (W Aᵀ) + s² · Σ_r B ∘ (B A Aᵀ), row by row
+
+    Args:
+        weight_norm2_O: Squared row norms of W, see `weight_norm2`; constant while W is frozen.
+        projected_OR: W Aᵀ.
+        A_RI: Down projection; more axes than one behind the rank count as one.
+        B_OR: Up projection.
+        scaling: Factor of the update.
+
+    Returns:
+        Tensor (O,), at least float32.
+
+    Cost:
+        2·R²·(I + O) operations beside W Aᵀ; nothing of size O·I.
+
+    Example:
+        >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.zeros(2, 1)
+        >>> product_norm(weight_norm2(W, (1,)), W @ A.T, A, B, 1.0).tolist()
+        [1.0, 1.0]
+
+    Source:
+        Liu et al. 2024, arXiv:2402.09353, equation 5; expanded as in research: papers.md.
+    """
+    dtype = torch.promote_types(weight_norm2_O.dtype, torch.float32)
+    A, B = A_RI.flatten(1).to(dtype), B_OR.to(dtype)
+    cross = (B * projected_OR.to(dtype)).sum(1)
+    square = (B * (B @ (A @ A.T))).sum(1)
+    return (weight_norm2_O.to(dtype) + 2 * scaling * cross + scaling**2 * square).clamp_min(0).sqrt()
+
+
+def weight_norm2(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return the squared norms of a weight over its inputs' axes, in float64: differences of them are taken later.
+
+    Example:
+        >>> weight_norm2(torch.ones(2, 4), (1,)).tolist()
+        [4.0, 4.0]
+    """
+    return torch.linalg.vector_norm(weight, dim=axes, dtype=torch.float64).square()
+
+
+def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+    """Return `magnitude / norm`; a row whose norm is zero stays zero.
+
+    Example:
+        >>> magnitude_ratio(torch.ones(2), torch.tensor([2.0, 0.0])).tolist()
+        [0.5, 0.0]
+    """
+    return torch.where(norm_O > 0, magnitude_O / torch.where(norm_O > 0, norm_O, 1.0), 0.0)
+
+
+class _DoRALinear(torch.autograd.Function):
+    """Saves the input and the output without bias; see `dora_linear`."""
+
+    @staticmethod
+    def forward(
+        x_NI: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u_NO = F.linear(x_NI, W_OI)
+        u_NO.addmm_(x_NI @ A_RI.T, B_OR.T, alpha=scaling)
+        return u_NO * ratio_O, u_NO
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x_NI, W_OI, A_RI, B_OR, scaling, ratio_O = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, output[1])
+        ctx.scaling = scaling
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, W_OI, A_RI, B_OR, ratio_O, u_NO = ctx.saved_tensors
+        needs_x, needs_W, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
+        dratio_O = torch.linalg.vecdot(dy_NO, u_NO, dim=0) if needs_ratio else None
+        du_NO = dy_NO * ratio_O
+        dz_NR = (du_NO @ B_OR).mul_(ctx.scaling) if needs_x or needs_A else None
+        dx_NI = (du_NO @ W_OI).addmm_(dz_NR, A_RI) if needs_x else None
+        dA_RI = dz_NR.T @ x_NI if needs_A and dz_NR is not None else None
+        dB_OR = (du_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling) if needs_B else None
+        dW_OI = du_NO.T @ x_NI if needs_W else None
+        return dx_NI, dW_OI, dA_RI, dB_OR, None, dratio_O
+
+
+def dora_linear(
+    x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor
+) -> Tensor:
+    """Apply a linear layer with its low-rank update, each output scaled by `magnitude / norm`.
+
+    Equals, and is tested against, `ops.reference.dora_linear`:
+
+        out = ratio * (x @ W.T + scaling * x @ A.T @ B.T) + bias
+
+    Args:
+        x_NI: Input.
+        W_OI: Weight of the base layer.
+        bias_O: Its bias, or None; it is not scaled.
+        A_RI: Down projection.
+        B_OR: Up projection.
+        scaling: Factor of the update.
+        ratio_O: `magnitude_ratio`.
+
+    Returns:
+        Tensor (N, O), dtype of `x`. Differentiable once.
+
+    Cost:
+        As `ops.lora.lora_linear`, and two passes over (N, O); one (N, O) tensor is kept for the magnitude's gradient.
+
+    Example:
+        >>> x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.zeros(4, 1)
+        >>> dora_linear(x, W, None, A, B, 0.5, torch.full((4,), 2.0))[0].tolist()
+        [6.0, 6.0, 6.0, 6.0]
+
+    Source:
+        Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
+    """
+    ratio = ratio_O.to(x_NI.dtype)
+    if torch.is_autocast_enabled(x_NI.device.type):
+        return reference.dora_linear(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio)
+    out_NO = _DoRALinear.apply(x_NI, W_OI, A_RI, B_OR, scaling, ratio)[0]
+    return out_NO if bias_O is None else out_NO + bias_O
