@@ -185,6 +185,17 @@ class LoRAConfig(Settings):
             raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
         return self
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LoRAConfig":
+        """Return the settings that `model_dump(mode="json")` gave: JSON has lists where there are tuples.
+
+        Example:
+            >>> config = LoRAConfig(parts={"qkv": [(0, 4)]}, target_modules=["qkv"])
+            >>> LoRAConfig.from_json(config.model_dump(mode="json")) == config
+            True
+        """
+        return cls(**values)
+
     def rank_for(self, path: str) -> int:
         """Return the rank of the module at a path, after `rank_pattern`."""
         return value_for(path, self.rank_pattern, self.rank)
@@ -230,7 +241,8 @@ class TrainConfig(Settings):
         learning_rate: Peak learning rate (about ten times that of full fine-tuning).
         schedule: Course of the learning rate after the warm-up: linear or cosine to zero, or constant.
         warmup_ratio: Share of the steps in which the learning rate rises from zero.
-        weight_decay: AdamW's decoupled decay of the factors.
+        weight_decay: AdamW's decoupled decay of the factors. Magnitudes and what trains whole start at the base's
+            values and are not decayed. The factors of pissa, olora and lora_ga are, which pulls them off their start.
         max_grad_norm: The gradient is scaled down to this global norm; None means never.
         tokens_per_step: Token budget of an optimiser step.
         tokens_per_micro_batch: Token budget of one forward and backward; bounds memory; without dropout it changes no
@@ -240,7 +252,8 @@ class TrainConfig(Settings):
         patience: Stop after this many evaluations without a better loss; None means never.
         checkpoint_every: Optimiser steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
-        lora_plus_ratio: Learning rate of `lora_B` over that of `lora_A` (LoRA+).
+        lora_plus_ratio: Learning rate of `lora_B` over `learning_rate` (LoRA+, about 16, with a lower
+            `learning_rate`). Embeddings, magnitudes and what trains whole keep `learning_rate`.
 
     Example:
         >>> TrainConfig(learning_rate=1e-3).epochs
@@ -248,7 +261,9 @@ class TrainConfig(Settings):
 
     Source:
         Defaults: Schulman et al. 2025, "LoRA Without Regret" (constant `alpha / rank` scaling, no weight
-        decay, small batches); differs: a linear schedule with a short warm-up.
+        decay, small batches); differs: a linear schedule with a short warm-up. LoRA+: Hayou et al. 2024,
+        arXiv:2402.12354; differs from the authors' code and PEFT, which also raise the rate of everything in
+        one dimension and give adapted embeddings one of their own (1e-6).
     """
 
     epochs: PositiveInt = 1
@@ -293,6 +308,7 @@ class RunConfig(Settings):
 
     Args:
         base: Hub id, directory, `.gguf` file, or the name of an embedded model.
+        storage: How the base's linear layers are stored: as they are, or quantised to 8 or 4 bits.
         adapter: Which layers are adapted, and how.
         data: Where the rows come from.
         train: How the adapter is trained.
@@ -305,6 +321,7 @@ class RunConfig(Settings):
     """
 
     base: str
+    storage: Literal["plain", "int8", "nf4"] = "plain"
     adapter: LoRAConfig = Field(default_factory=LoRAConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -93,6 +93,8 @@ FORMS: Mapping[str, Form] = {
         Form("transposed", "(R, I) and (O, R)", _no_matrices, _first, _matrix_sizes, lambda A, B: (B @ A).T),
         Form("embedding", "(R, N) and (D, R)", _no_matrices, _first, _matrix_sizes, lambda A, B: (B @ A).T),
         Form("conv", "(R, I/g, k…) and (O, R/g, 1…)", _no_kernels, _first, _matrix_sizes, _conv_delta),
+        # As PEFT trains them where there are groups: each rank looks at the inputs of all groups.
+        Form("conv_across", "(R, I, k…) and (O, R/g, 1…)", _no_kernels, _first, _matrix_sizes, _conv_delta),
         Form(
             "conv_transpose", "(R, I/g, k…) and (O, R/g, 1…)", _no_kernels, _first, _matrix_sizes, _conv_transpose_delta
         ),
@@ -107,6 +109,15 @@ FORMS: Mapping[str, Form] = {
             lambda A, B: A.shape[1],  # noqa: ARG005
             lambda A, B: (B.shape[1], A.shape[2]),
             lambda A, B: B @ A,
+        ),
+        # As PEFT before 0.19 wrote them: A over the first axis of each matrix, whichever that is.
+        Form(
+            "experts_by_position",
+            "(E, R, first) and (E, second, R)",
+            _no_stacks,
+            lambda A, B: A.shape[1],  # noqa: ARG005
+            lambda A, B: (A.shape[2], B.shape[1]),
+            lambda A, B: (B @ A).transpose(1, 2),
         ),
     )
 }
@@ -142,9 +153,9 @@ def cat_ranks(form: str, parts: "list[tuple[Tensor, Tensor]]") -> tuple[Tensor, 
         >>> A.shape, B.shape
         (torch.Size([3, 2]), torch.Size([3, 3]))
     """
-    if form == "experts":
+    if form.startswith("experts"):
         return torch.cat([A for A, _ in parts], 1), torch.cat([B for _, B in parts], 2)
-    if form in ("conv", "conv_transpose"):
+    if form.startswith("conv"):
         # Within each group, so that a group's ranks stay together.
         groups = conv_groups(*parts[0])
         A = torch.cat([A.unflatten(0, (groups, -1)) for A, _ in parts], 1).flatten(0, 1)
@@ -160,9 +171,9 @@ def cut_ranks(form: str, A: Tensor, B: Tensor, count: int) -> tuple[tuple[Tensor
         >>> A.shape, A0.shape
         (torch.Size([2, 3]), torch.Size([1, 3]))
     """
-    if form == "experts":
+    if form.startswith("experts"):
         return (A[:, :-count], B[..., :-count]), (A[:, -count:], B[..., -count:])
-    if form in ("conv", "conv_transpose"):
+    if form.startswith("conv"):
         groups = conv_groups(A, B)
         each = count // groups
         A_g = A.unflatten(0, (groups, -1))

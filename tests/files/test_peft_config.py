@@ -151,7 +151,7 @@ def test_only_lora_is_read(value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("lora_bias", True), ("fan_in_fan_out", True), ("target_parameters", ["experts.w"]),
+        ("lora_bias", True),
         ("trainable_token_indices", [1]), ("alora_invocation_tokens", [1]), ("layer_replication", [[0, 1]]),
         ("megatron_config", {"a": 1}), ("use_qalora", True), ("use_bdlora", {"a": 1}), ("arrow_config", {"k": 1}),
         ("kasa_config", {"k": 1}), ("velora_config", {"k": 1}), ("monteclora_config", {"k": 1}),
@@ -191,7 +191,7 @@ def test_other_initialisations_are_read(value):
 
 
 def test_all_problems_are_listed_at_once():
-    text = refused(r=0, use_dora=True, futur=1, bias="some", init_lora_weights="pissa", lora_alpha="x")
+    text = refused(r=0, use_dora="yes", futur=1, bias="some", init_lora_weights="pissa", lora_alpha="x")
     assert all(
         f"\n  - {key}: " in text for key in ("r", "use_dora", "futur", "bias", "init_lora_weights", "lora_alpha")
     )

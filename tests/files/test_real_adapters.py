@@ -16,6 +16,7 @@ READ = {
     "age-whyiswmm": 24,
     "distilbert-imdb": 12,
     "gemma3-270m-zouhe0": 72,
+    "gpt2-lazyy": 12,
     "justbautista-emotion": 44,
     "justbautista-keywords": 44,
     "justbautista-therapist": 44,
@@ -24,7 +25,6 @@ READ = {
     "smollm2-random-r4": 120,
 }
 REFUSED = {
-    "gpt2-lazyy": "fan_in_fan_out",
     "gpt2-thesotti-bin": "a pickle can run any code",
     "mlx-smollm2-wikisql-6it": r"adapter_model\.safetensors: missing",
     "sam-lora": r"adapter_config\.json: missing",

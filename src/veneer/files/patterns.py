@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
+from veneer.files.peft_layout import owner_of
 
 Value = TypeVar("Value")
 
@@ -135,7 +136,8 @@ def scales_for(adapter: Adapter) -> Scales:
     Raises:
         AdapterError: If a scaling is not a positive, finite number.
     """
-    config, modules = adapter.config, adapter.modules
+    config = adapter.config
+    modules = {owner_of(path, pair.form): pair for path, pair in adapter.modules.items()}
     bad = [f"{path}: scaling {pair.scaling!r}" for path, pair in modules.items() if not 0 < pair.scaling < math.inf]
     if bad:
         raise AdapterError("a scaling must be positive and finite to be written; fold its sign into lora_B", bad)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
 from veneer.config import LoRAConfig
-from veneer.errors import AdapterError, DamagedArtefactError
+from veneer.errors import AdapterError, ConfigError, DamagedArtefactError
 from veneer.files.commit import Manifest, commit_folder, readable_folder
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import read_verified
 from veneer.files.patterns import divisor, resolve
 from veneer.files.peft_config import config_from_peft, config_to_peft
 from veneer.files.peft_keys import Parts, read_keys, trained_problems
+from veneer.files.peft_layout import Placed, owner_of, place_factors, read_pair, write_factors
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
 from veneer.names import did_you_mean
@@ -58,9 +59,7 @@ def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, 
     if problems:
         raise AdapterError("the adapter's settings do not say what it holds", problems)
     tensors: dict[str, Tensor] = {}
-    for path, pair in adapter.modules.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.lora_A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.lora_B
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in write_factors(adapter.modules).items()}
     for path, tensor in adapter.trained.items():
         parent = path.removesuffix(".bias")
         wrapped = path.endswith(".bias") and parent in adapter.modules
@@ -92,13 +91,18 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     problems = list(parts.problems)
     problems += trained_problems(config, set(parts.modules), parts.trained, metadata.task_type)
     known = _read_notes(notes or {}, where)
-    modules = _modules(config, tensors, parts, known["scalings"], problems)
+    transposed, version = raw.get("fan_in_fan_out") is True, raw.get("peft_version")
+    placed, unclear = place_factors(parts.modules, tensors, config, transposed)
+    problems += unclear
+    modules = _modules(config, tensors, placed, version if isinstance(version, str) else None, known, problems)
+    problems += _magnitude_problems(config, modules)
+    problems += _bias_problems(parts, modules, tensors)
     if problems:
         raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems)
     trained = {path: tensors[key] for path, key in parts.trained.items()}
     weights = tuple((path, sample_digest(tensors[key])) for path, key in sorted(parts.base_weights.items()))
     metadata = with_changes(metadata, base_weights=weights or known["base_weights"], **known["metadata"])
-    adapter = Adapter(modules, config, trained, metadata)
+    adapter = Adapter(modules, known["config"] or config, trained, metadata)
     if known["digest"] not in (None, adapter.digest):
         raise DamagedArtefactError(f"{where}: expected digest {known['digest']}, got {adapter.digest}")
     return adapter
@@ -177,51 +181,78 @@ def load_adapter(folder: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSyste
 
 
 def _modules(
-    config: LoRAConfig, tensors: Mapping[str, Tensor], parts: Parts, exact: Mapping[str, float], problems: list[str]
+    config: LoRAConfig,
+    tensors: Mapping[str, Tensor],
+    placed: Mapping[str, Placed],
+    version: str | None,
+    known: Mapping[str, Any],
+    problems: list[str],
 ) -> dict[str, LowRank]:
     """Pair the factors and check them against the ranks and alphas that the configuration gives."""
+    owners = {path: owner_of(path, one.form) for path, one in placed.items()}
     try:
-        ranks = resolve(parts.modules, config.rank_pattern, config.rank)
-        alphas = resolve(parts.modules, config.alpha_pattern, config.alpha)
+        ranks = resolve(owners.values(), config.rank_pattern, config.rank)
+        alphas = resolve(owners.values(), config.alpha_pattern, config.alpha)
     except AdapterError as error:
         problems.append(error.message)
         return {}
     modules = {}
-    for path, (key_A, key_B) in parts.modules.items():
-        found = (tensors[key_A].shape[0], tensors[key_B].shape[1])
-        wrong = [
-            f"{key!r}: expected rank {ranks[path]}, as r or rank_pattern says, got {rank}"
-            for key, rank in zip((key_A, key_B), found, strict=True)
-            if rank != ranks[path]
-        ]
-        problems += wrong
-        derived = alphas[path] / divisor(ranks[path], config.use_rslora)
-        scaling = exact.get(path, derived)
+    for path, one in placed.items():
+        rank, derived = ranks[owners[path]], alphas[owners[path]] / divisor(ranks[owners[path]], config.use_rslora)
+        scaling = known["scalings"].get(path, derived)
         if not abs(scaling - derived) <= _CLOSE * derived:
             problems.append(f"{path}: the manifest's scaling {scaling!r} is not the configuration's {derived!r}")
-        elif not wrong:
-            try:
-                modules[path] = LowRank(tensors[key_A], tensors[key_B], scaling)
-            except AdapterError as error:
-                problems.append(f"{path}: {error.message}")
-        bias = parts.trained.get(f"{path}.bias")
-        if bias is not None and tensors[bias].shape != tensors[key_B].shape[:1]:
-            problems.append(
-                f"{bias!r}: expected shape {tuple(tensors[key_B].shape[:1])}, got {tuple(tensors[bias].shape)}"
-            )
+            continue
+        try:
+            pair = with_changes(read_pair(one, tensors, rank, version), scaling=scaling)
+            if not _is_filler(pair):
+                modules[path] = with_changes(pair, frozen_rank=known["frozen"].get(path, 0))
+        except AdapterError as error:
+            problems += error.problems or [f"{path}: {error.message}"]
     return modules
+
+
+def _is_filler(pair: LowRank) -> bool:
+    """Tell whether a pair is what stands in a file for a projection of an attention that is not adapted."""
+    return pair.form.startswith("attention") and not pair.lora_A.any() and not pair.lora_B.any()
+
+
+def _magnitude_problems(config: LoRAConfig, modules: Mapping[str, LowRank]) -> list[str]:
+    """Return where magnitudes are there without `use_dora`, or lacking with it: PEFT would silently use plain LoRA."""
+    if config.use_dora:
+        return [
+            f"{path}: use_dora is true, but there is no magnitude"
+            for path, one in modules.items()
+            if one.magnitude is None
+        ]
+    return [
+        f"{path}: there is a magnitude (DoRA), but use_dora is not true"
+        for path, one in modules.items()
+        if one.magnitude is not None
+    ]
+
+
+def _bias_problems(parts: Parts, modules: Mapping[str, LowRank], tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for path, pair in modules.items():
+        key = parts.trained.get(f"{path}.bias")
+        expected = pair.sizes[:1]
+        if key is not None and tensors[key].shape != expected:
+            problems.append(f"{key!r}: expected shape {expected}, got {tuple(tensors[key].shape)}")
+    return problems
 
 
 def _notes(adapter: Adapter) -> dict[str, Any]:
     """Return what we know of an adapter that PEFT's files have no place for."""
     scales = config_from_peft(config_to_peft(adapter), CONFIG)[0]
-    ranks = resolve(adapter.modules, scales.rank_pattern, scales.rank)
-    alphas = resolve(adapter.modules, scales.alpha_pattern, scales.alpha)
+    owners = {path: owner_of(path, pair.form) for path, pair in adapter.modules.items()}
+    ranks = resolve(owners.values(), scales.rank_pattern, scales.rank)
+    alphas = resolve(owners.values(), scales.alpha_pattern, scales.alpha)
     # Not every scaling is a quotient of two floats; where alpha gives it but for the last digit, it is noted.
     inexact = {
         path: float(pair.scaling).hex()
         for path, pair in adapter.modules.items()
-        if alphas[path] / divisor(ranks[path], scales.use_rslora) != pair.scaling
+        if alphas[owners[path]] / divisor(ranks[owners[path]], scales.use_rslora) != pair.scaling
     }
     values = asdict(adapter.metadata)
     return {
@@ -229,18 +260,33 @@ def _notes(adapter: Adapter) -> dict[str, Any]:
         "metadata": {key: values[key] for key in _NOTED},
         "scalings": inexact,
         "base_weights": dict(adapter.metadata.base_weights),
+        "frozen": {path: pair.frozen_rank for path, pair in adapter.modules.items() if pair.frozen_rank},
+        "config": adapter.config.model_dump(mode="json"),
     }
 
 
 def _read_notes(notes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return digest, metadata, scalings and base weights from a manifest's notes, with their types checked."""
+    """Return what the notes of a manifest say, with their types checked."""
     digest, metadata, scalings = notes.get("digest"), notes.get("metadata", {}), notes.get("scalings", {})
-    weights = notes.get("base_weights", {})
+    weights, frozen, config = notes.get("base_weights", {}), notes.get("frozen", {}), notes.get("config")
     texts = [digest, *(value for one in (metadata, weights) for value in (one.values() if type(one) is dict else [0]))]
     if not all(text is None or isinstance(text, str) for text in texts) or not set(metadata) <= set(_NOTED):
         raise DamagedArtefactError(f"{where}: the manifest's notes must hold digest and {', '.join(_NOTED)} as strings")
+    if type(frozen) is not dict or not all(type(count) is int and count >= 0 for count in frozen.values()):
+        raise DamagedArtefactError(f"{where}: the manifest's frozen ranks must be whole numbers by module")
     try:
         exact = {path: float.fromhex(text) for path, text in scalings.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise DamagedArtefactError(f"{where}: the manifest's scalings must be hexadecimal floats by module") from None
-    return {"digest": digest, "metadata": metadata, "scalings": exact, "base_weights": tuple(sorted(weights.items()))}
+    try:
+        settings = None if config is None else LoRAConfig.from_json(config)
+    except (ConfigError, TypeError) as error:
+        raise DamagedArtefactError(f"{where}: the manifest's config is none: {error}") from None
+    return {
+        "digest": digest,
+        "metadata": metadata,
+        "scalings": exact,
+        "base_weights": tuple(sorted(weights.items())),
+        "frozen": frozen,
+        "config": settings,
+    }

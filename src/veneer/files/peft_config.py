@@ -11,6 +11,7 @@ from veneer.adapter import Adapter, AdapterMetadata
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, ConfigError
 from veneer.files.patterns import scales_for
+from veneer.files.peft_layout import targets_of
 from veneer.files.peft_values import (
     choice,
     dropout,
@@ -33,7 +34,7 @@ _EXACT_INTEGERS = 2.0**53
 _USED = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save", "peft_type", "task_type",
-    "base_model_name_or_path", "revision", "init_lora_weights",
+    "base_model_name_or_path", "revision", "init_lora_weights", "use_dora", "target_parameters", "fan_in_fan_out",
 )  # fmt: skip
 _CHANGES_NOTHING = (
     "auto_mapping", "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config",
@@ -41,10 +42,7 @@ _CHANGES_NOTHING = (
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 )  # fmt: skip
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
-    "fan_in_fan_out": "weights stored transposed (Conv1D)",
-    "target_parameters": "parameters adapted directly, such as stacked experts",
     "trainable_token_indices": "trainable tokens",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer replication",
@@ -61,6 +59,7 @@ _UNSUPPORTED = {
 }
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BY_NAME = {"experts", "parameter"}
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -82,7 +81,10 @@ def config_from_peft(raw: Any, where: str) -> tuple[LoRAConfig, AdapterMetadata]
     if not isinstance(raw, dict):
         raise AdapterError(f"{where}: expected a JSON object, got {type(raw).__name__}")
     if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"{where}: expected peft_type 'LORA', got {raw.get('peft_type')!r}; only LoRA is read")
+        raise AdapterError(
+            f"{where}: expected peft_type 'LORA', got {raw.get('peft_type')!r}; LoHa, LoKr, VeRA and AdaLoRA become"
+            " LoRA by to_lora(read_other(folder)).adapter"
+        )
     problems = _unusable_keys(raw) + _initialisation_problems(raw.get("init_lora_weights"))
     values: dict[str, Any] = {
         "rank": number(raw, "r", _PEFT_RANK, problems, whole=True),
@@ -97,8 +99,15 @@ def config_from_peft(raw: Any, where: str) -> tuple[LoRAConfig, AdapterMetadata]
         "use_rslora": choice(raw, "use_rslora", (False, True), problems),
         "bias": choice(raw, "bias", _BIASES, problems),
         "modules_to_save": names(raw, "modules_to_save", problems),
+        "target_parameters": names(raw, "target_parameters", problems),
+        "use_dora": choice(raw, "use_dora", (False, True), problems),
     }
-    if not values["target_modules"] and not any(problem.startswith("target_modules") for problem in problems):
+    choice(raw, "fan_in_fan_out", (False, True), problems)  # files.peft reads it: it is the layers', not the settings'
+    if (
+        not values["target_modules"]
+        and not values["target_parameters"]
+        and not any(problem.startswith("target_modules") for problem in problems)
+    ):
         problems.append("target_modules: expected suffixes or a regular expression, got none")
     metadata = AdapterMetadata(
         base=text(raw, "base_model_name_or_path", problems),
@@ -130,11 +139,16 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
     if not adapter.modules:
         raise AdapterError("PEFT's layout needs at least one adapted module, got only parameters that trained whole")
     config, metadata, scales = adapter.config, adapter.metadata, scales_for(adapter)
+    forms = {pair.form for pair in adapter.modules.values()}
     used = {
         "r": scales.rank,
         "lora_alpha": _whole(scales.alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": _targets(adapter),
+        # PEFT refuses dropout for parameters by name; ours stands in the manifest's notes.
+        "lora_dropout": 0.0 if forms & _BY_NAME else config.dropout,
+        "target_modules": _targets(adapter) or None,
+        "target_parameters": targets_of(adapter.modules)[1] or None,
+        "use_dora": any(pair.magnitude is not None for pair in adapter.modules.values()),
+        "fan_in_fan_out": "transposed" in forms,
         "rank_pattern": dict(scales.rank_pattern),
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in scales.alpha_pattern.items()},
         "use_rslora": config.use_rslora,
@@ -153,20 +167,20 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
     defaults: dict[str, Any] = dict.fromkeys((*_CHANGES_NOTHING, *_UNSUPPORTED))
     for key in ("enable_lora", "merge_weights", "runtime_config"):
         del defaults[key]  # PEFT 0.21.2 does not write them
-    defaults |= dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), False)
+    defaults |= dict.fromkeys(("lora_bias", "use_qalora", "ensure_weight_tying"), False)
     defaults |= {"peft_version": PEFT_VERSION, "inference_mode": True, "loftq_config": {}, "qalora_group_size": 16}
     return defaults | {"megatron_core": "megatron.core"} | used
 
 
 def _targets(adapter: Adapter) -> list[str]:
     """Return the configuration's own suffixes where they are a plain list that fits, else the full paths."""
-    config = adapter.config
+    config, layers = adapter.config, targets_of(adapter.modules)[0]
     suffixes = config.target_modules
-    if isinstance(suffixes, tuple) and not config.exclude_modules and config.layers_to_transform is None:
-        hits = [{suffix for suffix in suffixes if matches_suffix(path, suffix)} for path in adapter.modules]
+    if isinstance(suffixes, tuple) and layers and not config.exclude_modules and config.layers_to_transform is None:
+        hits = [{suffix for suffix in suffixes if matches_suffix(path, suffix)} for path in layers]
         if all(hits) and set().union(*hits) == set(suffixes):
             return sorted(suffixes)
-    return sorted(adapter.modules)
+    return layers
 
 
 def _saved(adapter: Adapter) -> list[str]:

@@ -13,15 +13,15 @@ from torch import Tensor
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.patterns import MAX_PATH
+from veneer.files.peft_layout import Keys
 from veneer.names import did_you_mean
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_TABLE_FACTOR = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>[AB])(?:\.default)?")
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _UNSUPPORTED = (
-    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "an adapted embedding"),
-    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "a magnitude (DoRA)"),
     (re.compile(r"\.lora_B(\.default)?\.bias$"), "a bias of lora_B (lora_bias)"),
     (re.compile(r"\.token_adapter\."), "trainable tokens"),
-    (re.compile(r"\.base_layer\.(.+\.)?lora_[AB]\."), "stacked experts or attention projections (nested factors)"),
     (re.compile(r"\.(lora_E|(hada|lokr)_[wt]\d(_[ab])?|vera_lambda_[bd]|ia3_l)$"), "another method than LoRA"),
 )
 # PEFT adds both to these tasks, and a model has one of them.
@@ -36,13 +36,13 @@ class Parts:
     """What the keys of a file stand for.
 
     Args:
-        modules: Module path to the keys of lora_A and lora_B.
+        modules: What stands before the factors' names, to their keys; `peft_layout.place_factors` tells what it is.
         trained: Parameter path to its key.
         base_weights: Module path to the key of its base weight, as PEFT writes for embeddings and heads.
         problems: Keys that stand for nothing that can be used.
     """
 
-    modules: Mapping[str, tuple[str, str]]
+    modules: Mapping[str, Keys]
     trained: Mapping[str, str]
     base_weights: Mapping[str, str]
     problems: tuple[str, ...]
@@ -66,25 +66,37 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
             f"{where}: expected keys that begin with {prefix!r}, {first}; PEFT would load nothing from it."
             " If it is a state dict of the model, save it with PEFT's save_pretrained()"
         )
-    factors: dict[str, dict[str, str]] = {}
+    factors: dict[tuple[str, bool], dict[str, str]] = {}
+    magnitudes: dict[str, str] = {}
     rest: dict[str, str] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
         problem = _key_problem(key, tensor, prefix)
         if problem:
             problems.append(f"{key!r}: {problem}")
-        elif found := _FACTOR.fullmatch(key, len(prefix)):
-            sides = factors.setdefault(found["path"], {})
-            if found["side"] in sides:
-                problems.append(f"{key!r}: stands for the same factor as {sides[found['side']]!r}")
-            sides[found["side"]] = key
+        elif found := _factor(key, len(prefix)):
+            path, side = found
+            is_table = _TABLE_FACTOR.fullmatch(key) is not None
+            sides = factors.setdefault((path, is_table), {}) if side != "magnitude" else magnitudes
+            side = path if side == "magnitude" else side
+            if side in sides:
+                problems.append(f"{key!r}: stands for the same factor as {sides[side]!r}")
+            sides[side] = key
         else:
             rest[key.removeprefix(prefix)] = key
-    modules = {path: (sides["A"], sides["B"]) for path, sides in factors.items() if len(sides) == 2}
-    for path, sides in factors.items():
+    modules: dict[str, Keys] = {}
+    for (path, is_table), sides in factors.items():
         if len(sides) == 1:
             (side, key), other = next(iter(sides.items())), "B" if "A" in sides else "A"
-            problems.append(f"{key!r}: lora_{side} without lora_{other}{did_you_mean(path, modules)}")
+            known = [name for name, _ in factors]
+            problems.append(f"{key!r}: lora_{side} without lora_{other}{did_you_mean(path, known)}")
+        elif path in modules:
+            problems.append(f"{sides['A']!r}: stands for the same factor as {modules[path].A!r}")
+        else:
+            modules[path] = Keys(sides["A"], sides["B"], magnitudes.pop(path, None), is_table)
+    problems += [
+        f"{key!r}: a magnitude without factors{did_you_mean(path, modules)}" for path, key in magnitudes.items()
+    ]
     base_weights = _base_weights(rest, modules, saved, problems)
     trained = _trained(rest, modules, tensors, problems)
     return Parts(modules, trained, base_weights, tuple(problems))
@@ -134,6 +146,15 @@ def trained_problems(
     return problems
 
 
+def _factor(key: str, start: int) -> tuple[str, str] | None:
+    """Return the path and the side, A, B or magnitude, that a key stands for."""
+    for pattern in (_FACTOR, _TABLE_FACTOR):
+        if found := pattern.fullmatch(key, start):
+            return found["path"], found["side"]
+    found = _MAGNITUDE.fullmatch(key, start)
+    return None if found is None else (found["path"], "magnitude")
+
+
 def _key_problem(key: str, tensor: Tensor, prefix: str) -> str | None:
     """Return what is wrong with a key and its tensor taken alone."""
     if not key.startswith(prefix):
@@ -145,13 +166,14 @@ def _key_problem(key: str, tensor: Tensor, prefix: str) -> str | None:
     for pattern, what in _UNSUPPORTED:
         if pattern.search(key):
             return f"{what} is not supported"
-    if _FACTOR.fullmatch(name) is None:
+    found = _factor(name, 0)
+    if found is None:
         return None
     shape = tuple(tensor.shape)
-    if tensor.ndim > 2:
-        return f"an adapted convolution is not supported (shape {shape})"
-    if tensor.ndim < 2 or 0 in shape:
-        return f"expected a matrix, got shape {shape}; were sharded weights (ZeRO-3, FSDP) not gathered before saving?"
+    least = 1 if found[1] == "magnitude" else 2
+    if tensor.ndim < least or tensor.ndim > 5 or 0 in shape:
+        what = "a vector" if least == 1 else "a matrix or a kernel"
+        return f"expected {what}, got shape {shape}; were sharded weights (ZeRO-3, FSDP) not gathered before saving?"
     return None
 
 

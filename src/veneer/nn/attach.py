@@ -18,7 +18,7 @@ from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, AttachError
 from veneer.names import did_you_mean
 from veneer.nn.fingerprint import fingerprint
-from veneer.nn.fitting import targets_of
+from veneer.nn.fitting import fitted, targets_of
 from veneer.nn.heads import output_heads
 from veneer.nn.initial import fresh_pair, norm_axes, weight_of
 from veneer.nn.layer import LoRALayer
@@ -118,7 +118,10 @@ def attach(
             _check_base(model, what, base_fingerprint)
         targets = targets_of(model, what)
         trained = trained_parameters(model, [target.owner for target in targets], config, what.trained)
-        pairs = {target.path: replace(what.modules[target.path], form=target.kind.form) for target in targets}
+        pairs = {
+            target.path: fitted(what.modules[target.path], target, model.get_submodule(target.owner))
+            for target in targets
+        }
     else:
         config, metadata = what, replace(metadata or AdapterMetadata(), base_fingerprint=base_fingerprint)
         targets = find_targets(model, config, skip=output_heads(model))

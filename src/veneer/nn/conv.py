@@ -31,7 +31,8 @@ class LoRAConv(LoRALayer):
         out = base(x) + scaling * conv1x1(conv(x, lora_A), lora_B)
 
     which equals `conv(x, W + delta)` with delta the grouped product of the factors, (O, I/g, k…): each group has its
-    own ranks, R/g of them. With a magnitude (DoRA) each output channel is scaled by `magnitude / ‖W + delta‖`.
+    own ranks, R/g of them. (Ranks of PEFT's that look across groups are computed, and have no such delta.) With a
+    magnitude (DoRA) each output channel is scaled by `magnitude / ‖W + delta‖`.
 
     Args:
         base: The convolution that was there before; called as it is.
@@ -61,7 +62,8 @@ class LoRAConv(LoRALayer):
             # As torch's own convolutions do it: pad first, by the amounts that they keep for it.
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         convolve = _CONVOLVE[x.ndim - 2]
-        down = convolve(x, A, None, base.stride, padding, base.dilation, base.groups)
+        groups = 1 if slot.form == "conv_across" else base.groups
+        down = convolve(x, A, None, base.stride, padding, base.dilation, groups)
         out = out + slot.scaling * convolve(down, B, groups=base.groups)
         return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
 

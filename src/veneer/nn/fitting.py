@@ -1,22 +1,27 @@
 """Where an adapter's modules belong in a model, and whether they fit."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
+from veneer.factors import conv_groups
 from veneer.names import did_you_mean
 from veneer.nn.kinds import kind_of
 from veneer.nn.slots import only_parts, spread_parts
 from veneer.nn.targets import Target, locate
 from veneer.nn.unfit import shared_layers, unfit_layers
 
+# Factors that mean the same function, whatever way round the weight is stored or named.
 _ALIKE = (
     {"linear", "transposed", "parameter"},
     {"attention_in", "parameter"},
     {"attention_out", "linear", "parameter"},
 )
+# Factors that a layer takes as they are, in a form of their own.
+_TAKEN = {("conv", "conv_across")}
 
 
 def targets_of(model: nn.Module, adapter: Adapter) -> list[Target]:
@@ -39,11 +44,27 @@ def targets_of(model: nn.Module, adapter: Adapter) -> list[Target]:
     targets = []
     if not problems:
         targets = [_target(modules, path, *places[path], adapter) for path in adapter.modules]
-        problems = [line for one in targets for line in _misfits(one, adapter.modules[one.path])]
+        problems = [line for one in targets for line in _misfits(one, adapter.modules[one.path], modules[one.owner])]
     if problems:
         raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
     order = {path: place for place, path in enumerate(modules)}
     return sorted(targets, key=lambda one: order[one.owner])
+
+
+def fitted(pair: LowRank, target: Target, module: nn.Module) -> LowRank:
+    """Return an adapter's factors in the form that the layer has.
+
+    Args:
+        pair: The factors, which `targets_of` has found to fit.
+        target: The layer.
+        module: The module that is wrapped.
+    """
+    if pair.form == "experts_by_position":
+        A, B = pair.lora_A, pair.lora_B
+        if not module.is_transposed:  # (E, out, in): the first axis is the output
+            A, B = B.transpose(1, 2), A.transpose(1, 2)
+        return replace(pair, lora_A=A, lora_B=B, form="experts")
+    return pair if (target.kind.form, pair.form) in _TAKEN else replace(pair, form=target.kind.form)
 
 
 def _target(modules: Mapping[str, nn.Module], path: str, owner: str, member: str, adapter: Adapter) -> Target:
@@ -66,12 +87,21 @@ def _holds_parts(pair: LowRank, parts: tuple[tuple[int, int], ...]) -> bool:
     return bool(spread_parts(only_parts(pair.lora_B, parts), parts, pair.sizes[0]).equal(pair.lora_B))
 
 
-def _misfits(target: Target, pair: LowRank) -> list[str]:
+def _misfits(target: Target, pair: LowRank, module: nn.Module) -> list[str]:
     form = target.kind.form
-    if pair.form != form and not any({pair.form, form} <= alike for alike in _ALIKE):
+    if pair.form == "experts_by_position" and form == "experts":
+        pair = fitted(pair, target, module)
+    if (
+        pair.form != form
+        and not any({pair.form, form} <= alike for alike in _ALIKE)
+        and (form, pair.form) not in _TAKEN
+    ):
         return [f"{target.path}: the layer is of form {form!r}, the adapter's factors are of form {pair.form!r}"]
     found = (tuple(pair.lora_A.shape), tuple(pair.lora_B.shape))
-    if found == target.shapes:
+    expected_A, expected_B = target.shapes
+    if pair.form == "conv_across":
+        expected_A = (expected_A[0], expected_A[1] * conv_groups(pair.lora_A, pair.lora_B), *expected_A[2:])
+    if found == (expected_A, expected_B):
         return []
     expected, got = (target.out_features, target.in_features), pair.sizes
     if expected != got:
