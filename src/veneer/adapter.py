@@ -87,6 +87,33 @@ class LowRank:
         return compute_delta(self.form, self.lora_A, self.lora_B, self.scaling)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of an embedding table that trained: their values, which stand in the place of the base's.
+
+    Args:
+        indices: Ids of the tokens, each once.
+        rows: Their values, shape (tokens, size of a row).
+
+    Raises:
+        AdapterError: If the ids repeat, are negative, or are not as many as the rows.
+
+    Example:
+        >>> TokenRows((5, 7), torch.zeros(2, 3)).rows.shape
+        torch.Size([2, 3])
+    """
+
+    indices: tuple[int, ...]
+    rows: Tensor
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or len(self.indices) != len(self.rows) or not self.indices:
+            raise AdapterError(f"{len(self.indices)} token ids and rows of shape {tuple(self.rows.shape)} disagree")
+        if len(set(self.indices)) != len(self.indices) or min(self.indices) < 0:
+            raise AdapterError("token ids must be 0 or above, each once")
+        object.__setattr__(self, "rows", _own(self.rows))
+
+
 @dataclass(frozen=True)
 class AdapterMetadata:
     """What an adapter was made for; not part of its identity.
@@ -123,6 +150,7 @@ class Adapter:
         config: The settings that it was made with.
         trained: Full parameter path to values of whatever trained whole (biases, heads).
         metadata: What it was made for.
+        tokens: Path of an embedding table to the rows of it that trained.
 
     Raises:
         AdapterError: If there is nothing in it.
@@ -137,18 +165,20 @@ class Adapter:
     config: LoRAConfig
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.modules and not self.trained:
+        if not self.modules and not self.trained and not self.tokens:
             raise AdapterError("an adapter needs at least one module or trained parameter, got none")
         modules = {path: self.modules[path] for path in sorted(self.modules)}
         trained = {path: _own(self.trained[path]) for path in sorted(self.trained)}
         object.__setattr__(self, "modules", MappingProxyType(modules))
         object.__setattr__(self, "trained", MappingProxyType(trained))
+        object.__setattr__(self, "tokens", MappingProxyType({path: self.tokens[path] for path in sorted(self.tokens)}))
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Pickle and copy by parts: a read-only mapping cannot be pickled itself."""
-        return type(self), (dict(self.modules), self.config, dict(self.trained), self.metadata)
+        return type(self), (dict(self.modules), self.config, dict(self.trained), self.metadata, dict(self.tokens))
 
     @cached_property
     def digest(self) -> str:
@@ -162,6 +192,9 @@ class Adapter:
         for path, tensor in self.trained.items():
             sha.update(f"{path}\0".encode())
             _hash_tensor(sha, tensor)
+        for path, one in self.tokens.items():
+            sha.update(f"{path}\0rows {one.indices}\0".encode())
+            _hash_tensor(sha, one.rows)
         return sha.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -169,7 +202,7 @@ class Adapter:
         flat: dict[str, Tensor] = {}
         for path, pair in self.modules.items():
             flat |= {f"{path}.{name}": tensor for name, tensor in pair.tensors().items()}
-        return flat | dict(self.trained)
+        return flat | dict(self.trained) | {f"{path}.token_rows": one.rows for path, one in self.tokens.items()}
 
     @property
     def num_parameters(self) -> int:

@@ -84,6 +84,7 @@ class LoRAConfig(Settings):
         use_dora: Train a magnitude for each output too (DoRA).
         freeze_A: Leave `lora_A` as it starts (LoRA-FA).
         parts: Pattern to runs of output rows (start, stop), each with ranks of its own: the q and v of a packed qkv.
+        token_rows: Suffix of an embedding table's path to the tokens whose rows train; a tied head follows.
         init: How the factors start, a name in `ops.initialise.INITIALISATIONS`.
         init_options: Settings of that initialisation.
 
@@ -114,6 +115,7 @@ class LoRAConfig(Settings):
     use_dora: bool = False
     freeze_A: bool = False
     parts: Mapping[str, tuple[tuple[int, int], ...]] = Field(default_factory=dict)
+    token_rows: Mapping[str, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
     init: str = "kaiming"
     init_options: Mapping[str, int | float | str] = Field(default_factory=dict)
 
@@ -149,6 +151,21 @@ class LoRAConfig(Settings):
             else runs
             for key, runs in value.items()
         }
+
+    @field_validator("token_rows", mode="before")
+    @classmethod
+    def _rows_to_tuples(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: tuple(ids) if isinstance(ids, (list, set)) else ids for key, ids in value.items()}
+
+    @field_validator("token_rows")
+    @classmethod
+    def _rows_once(cls, value: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        for entry, ids in value.items():
+            if not ids or len(set(ids)) != len(ids):
+                raise ValueError(f"{entry!r}: name at least one token, each once")
+        return value
 
     @field_validator("parts")
     @classmethod

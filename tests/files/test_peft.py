@@ -264,7 +264,7 @@ def test_an_adapter_that_was_never_trained_is_read():
         ("l.k.lora_magnitude_vector", (4,), "a magnitude without factors"),
         ("l.q.lora_B.bias", (4,), "a bias of lora_B (lora_bias) is not supported"),
         ("l.q.lora_B.default.bias", (4,), "a bias of lora_B (lora_bias) is not supported"),
-        ("e.token_adapter.trainable_tokens_delta", (1, 4), "trainable tokens is not supported"),
+        ("e.token_adapter.trainable_tokens_delta", (1, 4), "trainable_token_indices names no such table"),
         ("e.experts.base_layer.lora_A.weight", (2, 3), "lora_A without lora_B"),
         ("m.base_layer.out_proj.lora_A.weight", (2, 3), "lora_A without lora_B"),
         ("l.k.base_layer.weight", (4, 3), "the weight of a layer that is not adapted"),

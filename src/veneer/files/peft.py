@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.adapter import Adapter, LowRank
+from veneer.adapter import Adapter, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, ConfigError, DamagedArtefactError
 from veneer.files.commit import Manifest, commit_folder, readable_folder
@@ -24,7 +24,7 @@ from veneer.files.peft_keys import Parts, read_keys, trained_problems
 from veneer.files.peft_layout import Placed, owner_of, place_factors, read_pair, write_factors
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
-from veneer.names import did_you_mean
+from veneer.names import did_you_mean, matches_suffix
 from veneer.ops.sample import sample_digest
 
 CONFIG = "adapter_config.json"
@@ -33,6 +33,7 @@ CARD = "README.md"
 KIND = "adapter"
 
 _PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _PICKLE = "adapter_model.bin"
 _NOTED = ("base_fingerprint", "row_format", "template_digest")
 _CLOSE = 1e-12
@@ -60,6 +61,7 @@ def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, 
         raise AdapterError("the adapter's settings do not say what it holds", problems)
     tensors: dict[str, Tensor] = {}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in write_factors(adapter.modules).items()}
+    tensors |= {f"{_PREFIX}{path}{_ROWS}": one.rows for path, one in adapter.tokens.items()}
     for path, tensor in adapter.trained.items():
         parent = path.removesuffix(".bias")
         wrapped = path.endswith(".bias") and parent in adapter.modules
@@ -96,13 +98,14 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     problems += unclear
     modules = _modules(config, tensors, placed, version if isinstance(version, str) else None, known, problems)
     problems += _magnitude_problems(config, modules)
+    tokens = _tokens(config, parts, tensors, problems)
     problems += _bias_problems(parts, modules, tensors)
     if problems:
         raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems)
     trained = {path: tensors[key] for path, key in parts.trained.items()}
     weights = tuple((path, sample_digest(tensors[key])) for path, key in sorted(parts.base_weights.items()))
     metadata = with_changes(metadata, base_weights=weights or known["base_weights"], **known["metadata"])
-    adapter = Adapter(modules, known["config"] or config, trained, metadata)
+    adapter = Adapter(modules, known["config"] or config, trained, metadata, tokens)
     if known["digest"] not in (None, adapter.digest):
         raise DamagedArtefactError(f"{where}: expected digest {known['digest']}, got {adapter.digest}")
     return adapter
@@ -230,6 +233,32 @@ def _magnitude_problems(config: LoRAConfig, modules: Mapping[str, LowRank]) -> l
         for path, one in modules.items()
         if one.magnitude is not None
     ]
+
+
+def _tokens(
+    config: LoRAConfig, parts: Parts, tensors: Mapping[str, Tensor], problems: list[str]
+) -> dict[str, TokenRows]:
+    """Return the rows of tokens that trained; every table of the file and every entry of the configuration is used."""
+    tokens, used = {}, set()
+    for path, key in parts.tokens.items():
+        entry = next((name for name in config.token_rows if matches_suffix(path, name)), None)
+        # A plain list of ids does not name its table: the file's only one is meant.
+        if entry is None and len(config.token_rows) == len(parts.tokens) == 1:
+            entry = next(iter(config.token_rows))
+        if entry is None:
+            problems.append(f"{key!r}: rows of tokens, but trainable_token_indices names no such table")
+            continue
+        used.add(entry)
+        try:
+            tokens[path] = TokenRows(config.token_rows[entry], tensors[key])
+        except AdapterError as error:
+            problems.append(f"{key!r}: {error.message}")
+    problems += [
+        f"trainable_token_indices[{name!r}]: no rows of such a table are there"
+        for name in config.token_rows
+        if name not in used
+    ]
+    return tokens
 
 
 def _bias_problems(parts: Parts, modules: Mapping[str, LowRank], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -23,6 +23,7 @@ from veneer.files.peft_values import (
     pattern,
     show,
     text,
+    token_rows,
 )
 from veneer.names import did_you_mean, matches_suffix
 
@@ -35,6 +36,7 @@ _USED = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save", "peft_type", "task_type",
     "base_model_name_or_path", "revision", "init_lora_weights", "use_dora", "target_parameters", "fan_in_fan_out",
+    "trainable_token_indices",
 )  # fmt: skip
 _CHANGES_NOTHING = (
     "auto_mapping", "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config",
@@ -43,7 +45,6 @@ _CHANGES_NOTHING = (
 )  # fmt: skip
 _UNSUPPORTED = {
     "lora_bias": "a bias of lora_B",
-    "trainable_token_indices": "trainable tokens",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron layers",
@@ -101,6 +102,7 @@ def config_from_peft(raw: Any, where: str) -> tuple[LoRAConfig, AdapterMetadata]
         "modules_to_save": names(raw, "modules_to_save", problems),
         "target_parameters": names(raw, "target_parameters", problems),
         "use_dora": choice(raw, "use_dora", (False, True), problems),
+        "token_rows": token_rows(raw, "trainable_token_indices", problems),
     }
     choice(raw, "fan_in_fan_out", (False, True), problems)  # files.peft reads it: it is the layers', not the settings'
     if (
@@ -147,6 +149,7 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0 if forms & _BY_NAME else config.dropout,
         "target_modules": _targets(adapter) or None,
         "target_parameters": targets_of(adapter.modules)[1] or None,
+        "trainable_token_indices": {path: list(one.indices) for path, one in adapter.tokens.items()} or None,
         "use_dora": any(pair.magnitude is not None for pair in adapter.modules.values()),
         "fan_in_fan_out": "transposed" in forms,
         "rank_pattern": dict(scales.rank_pattern),

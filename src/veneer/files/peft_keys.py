@@ -18,10 +18,10 @@ from veneer.names import did_you_mean
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _TABLE_FACTOR = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>[AB])(?:\.default)?")
+_TOKENS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _UNSUPPORTED = (
     (re.compile(r"\.lora_B(\.default)?\.bias$"), "a bias of lora_B (lora_bias)"),
-    (re.compile(r"\.token_adapter\."), "trainable tokens"),
     (re.compile(r"\.(lora_E|(hada|lokr)_[wt]\d(_[ab])?|vera_lambda_[bd]|ia3_l)$"), "another method than LoRA"),
 )
 # PEFT adds both to these tasks, and a model has one of them.
@@ -38,6 +38,7 @@ class Parts:
     Args:
         modules: What stands before the factors' names, to their keys; `peft_layout.place_factors` tells what it is.
         trained: Parameter path to its key.
+        tokens: Path of an embedding table to the key of its trained rows.
         base_weights: Module path to the key of its base weight, as PEFT writes for embeddings and heads.
         problems: Keys that stand for nothing that can be used.
     """
@@ -45,6 +46,7 @@ class Parts:
     modules: Mapping[str, Keys]
     trained: Mapping[str, str]
     base_weights: Mapping[str, str]
+    tokens: Mapping[str, str]
     problems: tuple[str, ...]
 
 
@@ -68,6 +70,7 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
         )
     factors: dict[tuple[str, bool], dict[str, str]] = {}
     magnitudes: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     rest: dict[str, str] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
@@ -82,6 +85,8 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
             if side in sides:
                 problems.append(f"{key!r}: stands for the same factor as {sides[side]!r}")
             sides[side] = key
+        elif table := _TOKENS.fullmatch(key, len(prefix)):
+            tokens[table["path"]] = key
         else:
             rest[key.removeprefix(prefix)] = key
     modules: dict[str, Keys] = {}
@@ -99,7 +104,7 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
     ]
     base_weights = _base_weights(rest, modules, saved, problems)
     trained = _trained(rest, modules, tensors, problems)
-    return Parts(modules, trained, base_weights, tuple(problems))
+    return Parts(modules, trained, base_weights, tokens, tuple(problems))
 
 
 def trained_problems(

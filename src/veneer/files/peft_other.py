@@ -191,7 +191,7 @@ def _read_rest(
     stand_in = torch.zeros(1, 1)
     known = {f"{_PREFIX}{path}.lora_{side}.weight": stand_in for path in modules for side in "AB"}
     if not known and not rest:
-        return LoRAParts({}, {}, {}, ())
+        return LoRAParts({}, {}, {}, {}, ())
     return read_keys({**rest, **known}, _PREFIX, config.modules_to_save, place)
 
 

@@ -147,6 +147,22 @@ def text(raw: Mapping[str, Any], key: str, problems: list[str]) -> str | None:
     return None
 
 
+def token_rows(raw: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, tuple[int, ...]]:
+    """Read the tokens whose rows train, by the name of their table; a plain list means the table `embed_tokens`."""
+    value = raw.get(key)
+    if value is None or value == [] or value == {}:
+        return {}
+    tables = value if isinstance(value, dict) else {"embed_tokens": value}
+    for name, ids in tables.items():
+        sound = (
+            isinstance(ids, list) and 0 < len(ids) <= MAX_ENTRIES and all(type(one) is int and one >= 0 for one in ids)
+        )
+        if not name or not sound or len(set(ids)) != len(ids):
+            problems.append(f"{key}[{show(name)}]: expected token ids from 0, each once, got {show(ids)}")
+            return {}
+    return {name: tuple(ids) for name, ids in tables.items()}
+
+
 def _is_number(value: Any, whole: bool) -> bool:
     if whole:
         return type(value) is int and 1 <= value <= MAX_RANK

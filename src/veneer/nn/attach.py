@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from veneer.nn.layer import LoRALayer
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot
 from veneer.nn.targets import Target, find_targets
+from veneer.nn.tokens import TokenSlot, TokenTable, install_tokens, token_targets
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
 from veneer.ops.dora import weight_norm2
 from veneer.ops.sample import sample_digest
@@ -43,6 +44,7 @@ class Attachment:
         targets: The adapted layers, in the model's order.
         layers: Path of a wrapped module to the layer now standing there.
         trained: Parameters that train whole, each with the frozen one it stands in for.
+        tokens: Path of a table of which rows train, to the layer now standing there.
         requires_grad: Flag of every parameter as it was.
         training: Mode of every module as it was.
         disabled: How many `disabled` blocks it is in.
@@ -54,6 +56,7 @@ class Attachment:
     targets: tuple[Target, ...] = ()
     layers: dict[str, LoRALayer] = field(default_factory=dict)
     trained: dict[str, TrainedParameter] = field(default_factory=dict)
+    tokens: dict[str, TokenTable] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     training: dict[str, bool] = field(default_factory=dict)
     disabled: int = 0
@@ -67,7 +70,12 @@ class Attachment:
         flat: dict[str, nn.Parameter] = {}
         for target in self.targets:
             flat |= {f"{target.path}.{name}": one for name, one in self.slot(target).trainable().items()}
-        return flat | {path: one.trained for path, one in self.trained.items()}
+        flat |= {path: one.trained for path, one in self.trained.items()}
+        return flat | {f"{path}.token_rows": self.token_slot(path).rows for path in self.tokens}
+
+    def token_slot(self, path: str) -> TokenSlot:
+        """Return the slot of a table of which rows train."""
+        return cast(TokenSlot, self.tokens[path].slots[0])
 
 
 def attach(
@@ -131,10 +139,16 @@ def attach(
             target.path: fresh_pair(model.get_submodule(target.owner), target, config, seed, seen.get(target.path))
             for target in targets
         }
+    adapted = {target.owner for target in targets}
+    tokens = token_targets(model, config.token_rows, adapted, what.tokens if isinstance(what, Adapter) else None)
     attachment = Attachment(config, metadata, Routing(), tuple(targets))
     attachment.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     attachment.training = {name: module.training for name, module in model.named_modules()}
     model.requires_grad_(False)
+    for table in tokens:
+        layers = install_tokens(model, table, attachment.routing)
+        attachment.layers |= layers
+        attachment.tokens[table.path] = cast(TokenTable, layers[table.path])
     _install(model, attachment, pairs)
     for path, one in trained.items():
         swap_in(one)
@@ -209,7 +223,8 @@ def current_adapter(model: nn.Module) -> Adapter:
     attachment = attachment_of(model)
     modules = {target.path: attachment.slot(target).pair() for target in attachment.targets}
     trained: dict[str, Tensor] = {path: one.trained for path, one in attachment.trained.items()}
-    return Adapter(modules, attachment.config, trained, attachment.metadata)
+    tokens = {path: attachment.token_slot(path).value() for path in attachment.tokens}
+    return Adapter(modules, attachment.config, trained, attachment.metadata, tokens)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class LoRAEmbedding(LoRALayer):
         slot = self.slot(slot_index)
         A_RN, B_DR = slot.factors(out_ND.dtype)
         rows_NR = self.drop(F.embedding(ids_N, A_RN.T, padding_idx=self.padding_idx), slot)
-        scale = torch.as_tensor(self.base_scale(), dtype=out_ND.dtype, device=out_ND.device)
+        scale = torch.as_tensor(embedding_scale(self.base), dtype=out_ND.dtype, device=out_ND.device)
         out_ND = out_ND + (scale * slot.scaling) * (rows_NR @ B_DR.T)
         if slot.magnitude is None:
             return out_ND
@@ -67,10 +67,15 @@ class LoRAEmbedding(LoRALayer):
             norm_D = product_norm(cast(Tensor, slot.weight_norm2), projected_DR, A_RN, B_DR, slot.scaling)
         return out_ND * magnitude_ratio(slot.magnitude, norm_D).to(out_ND.dtype)
 
-    def base_scale(self) -> Tensor | float:
-        """Return what the base multiplies its rows with."""
-        scale = getattr(self.base, "embed_scale", 1.0)  # transformers' scaled tables (Gemma, M2M) have one
-        return cast("Tensor | float", scale)
+
+def embedding_scale(table: nn.Module) -> Tensor | float:
+    """Return what a table multiplies its rows with: transformers' scaled ones (Gemma, M2M) have an `embed_scale`.
+
+    Example:
+        >>> embedding_scale(nn.Embedding(2, 2))
+        1.0
+    """
+    return cast("Tensor | float", getattr(table, "embed_scale", 1.0))
 
 
 def why_not_embedding(module: nn.Module) -> str | None:

@@ -1,18 +1,22 @@
 """What an adapter would change in a model, said before anything is touched."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.config import LoRAConfig
 from veneer.names import layer_index
 from veneer.nn.attach import attachment_of, require_bare
 from veneer.nn.heads import output_heads
+from veneer.nn.kinds import kind_of
 from veneer.nn.targets import Target, find_targets
+from veneer.nn.tokens import token_targets
 from veneer.nn.trained import TrainedParameter, trained_parameters
 from veneer.nn.unfit import oversized, uncalled
+from veneer.storage.registry import storage_of
 
 FACTOR_BYTES = 4
 """Factors are trained in float32."""
@@ -121,12 +125,13 @@ def plan(model: nn.Module, config: LoRAConfig, *, probe: Callable[[], object] | 
     """
     require_bare(model)
     targets = find_targets(model, config, skip=output_heads(model))
-    trained = trained_parameters(model, [target.owner for target in targets], config, None)
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    owners = [target.owner for target in targets]
+    trained = trained_parameters(model, owners, config, None)
+    rows = {one.path: one.value.rows for one in token_targets(model, config.token_rows, set(owners), None)}
     notes = [note for target in targets for note in oversized(model.get_submodule(target.owner), target)]
     if probe is not None:
         notes += uncalled(model, targets, probe)
-    return replace(_plan(targets, trained, everything, config), notes=tuple(notes))
+    return _plan(targets, {**_whole(trained), **rows}, base_parameters(model), config, notes)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -136,23 +141,52 @@ def plan_of(model: nn.Module) -> Plan:
         AttachError: If no adapter is attached.
     """
     attachment = attachment_of(model)
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    factors = sum(one.numel() for layer in attachment.layers.values() for one in layer.slots.parameters())
-    planned = _plan(attachment.targets, attachment.trained, everything - factors, attachment.config)
+    own = {id(one) for layer in attachment.layers.values() for one in layer.slots.parameters()}
     notes = [note for one in attachment.targets for note in oversized(attachment.layers[one.owner].base, one)]
-    return replace(planned, notes=tuple(notes))
+    rows = {path: attachment.token_slot(path).rows for path in attachment.tokens}
+    trained = {**_whole(attachment.trained), **rows}
+    return _plan(attachment.targets, trained, base_parameters(model, without=own), attachment.config, notes)
+
+
+def base_parameters(model: nn.Module, *, without: Collection[int] = ()) -> int:
+    """Return how many numbers a base holds, tied ones once; of a quantised layer, as many as its weight stands for.
+
+    Args:
+        model: The model.
+        without: Parameters that are an adapter's, by identity.
+
+    Example:
+        >>> base_parameters(nn.Linear(3, 4))
+        16
+    """
+    plain = sum(one.numel() for one in model.parameters() if id(one) not in without)
+    stored = 0
+    for module in model.modules():
+        storage, kind = storage_of(module), kind_of(module)
+        if storage is not None and storage.name != "plain" and kind is not None:
+            stored += math.prod(kind.sizes(module, ""))
+    return plain + stored
+
+
+def _whole(trained: Mapping[str, TrainedParameter]) -> dict[str, Tensor]:
+    return {path: one.original for path, one in trained.items()}
 
 
 def _plan(
-    targets: Sequence[Target], trained: Mapping[str, TrainedParameter], base_parameters: int, config: LoRAConfig
+    targets: Sequence[Target],
+    trained: Mapping[str, Tensor],
+    base_parameters: int,
+    config: LoRAConfig,
+    notes: Sequence[str],
 ) -> Plan:
     return Plan(
         modules=tuple(_module(target, config) for target in targets),
         trained=tuple(
             PlannedParameter(path, tuple(one.shape), one.numel(), one.numel() * one.element_size())
-            for path, one in ((path, entry.original) for path, entry in trained.items())
+            for path, one in trained.items()
         ),
         base_parameters=base_parameters,
+        notes=tuple(notes),
     )
 
 
