@@ -85,6 +85,7 @@ class LoRAConfig(Settings):
         freeze_A: Leave `lora_A` as it starts (LoRA-FA).
         parts: Pattern to runs of output rows (start, stop), each with ranks of its own: the q and v of a packed qkv.
         token_rows: Suffix of an embedding table's path to the tokens whose rows train; a tied head follows.
+        invocation_tokens: The adapter acts from the last such sequence of tokens on, and not before (activated LoRA).
         init: How the factors start, a name in `ops.initialise.INITIALISATIONS`.
         init_options: Settings of that initialisation.
 
@@ -116,6 +117,7 @@ class LoRAConfig(Settings):
     freeze_A: bool = False
     parts: Mapping[str, tuple[tuple[int, int], ...]] = Field(default_factory=dict)
     token_rows: Mapping[str, tuple[Annotated[int, Field(ge=0)], ...]] = Field(default_factory=dict)
+    invocation_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     init: str = "kaiming"
     init_options: Mapping[str, int | float | str] = Field(default_factory=dict)
 
@@ -125,6 +127,7 @@ class LoRAConfig(Settings):
         "layers_to_transform",
         "modules_to_save",
         "target_parameters",
+        "invocation_tokens",
         mode="before",
     )
     @classmethod

@@ -152,7 +152,7 @@ def test_only_lora_is_read(value):
     ("key", "value"),
     [
         ("lora_bias", True),
-        ("alora_invocation_tokens", [1]), ("layer_replication", [[0, 1]]),
+        ("layer_replication", [[0, 1]]),
         ("megatron_config", {"a": 1}), ("use_qalora", True), ("use_bdlora", {"a": 1}), ("arrow_config", {"k": 1}),
         ("kasa_config", {"k": 1}), ("velora_config", {"k": 1}), ("monteclora_config", {"k": 1}),
         ("ensure_weight_tying", True), ("enable_lora", [True]), ("merge_weights", True),

@@ -1,12 +1,14 @@
 """Let a model write: prompts of any lengths in, their continuations out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.base.activation import generation_segments, invocation_of
 from veneer.config import SamplingConfig
+from veneer.nn.attach import attachment_of
 from veneer.nn.modes import evaluating
 
 GREEDY = SamplingConfig()
@@ -69,11 +71,19 @@ def _continue(
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]), torch.no_grad():
         torch.manual_seed(sampling.seed)
         settings = _settings(model, tokenizer, sampling)
-        with _own_settings(model):
+        with _own_settings(model), _activated(model, ids):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
     return out[:, width:].tolist()
+
+
+def _activated(model: PreTrainedModel, ids: torch.Tensor) -> AbstractContextManager[None]:
+    """Let an adapter act from its invocation on, where it has one."""
+    invocation = invocation_of(model)
+    if not invocation:
+        return nullcontext()
+    return attachment_of(model).routing.by_rows(generation_segments(ids.tolist(), invocation).values())
 
 
 @contextmanager

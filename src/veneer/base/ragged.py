@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from veneer.base.activation import invocation_of, ragged_segments
 from veneer.errors import BaseModelError
 from veneer.nn.attach import attachment_of
 from veneer.nn.modes import evaluating
@@ -178,9 +179,17 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
 
 
 def _routed(model: PreTrainedModel, batch: RaggedBatch) -> AbstractContextManager[None]:
-    """Send each sequence through the slot that the batch names for it."""
-    segments = batch.segments()
+    """Send each sequence through the slot that the batch names for it, or through an adapter from its invocation on."""
+    segments = routed_segments(model, batch)
     return nullcontext() if segments is None else attachment_of(model).routing.using(segments)
+
+
+def routed_segments(model: PreTrainedModel, batch: RaggedBatch) -> tuple[Segment, ...] | None:
+    """Return the segments that a batch goes through, or None where all of it goes through one slot."""
+    invocation = invocation_of(model)
+    if batch.slots is None and invocation:
+        return ragged_segments([part.tolist() for part in batch.token_ids.split(batch.lengths)], invocation)
+    return batch.segments()
 
 
 def check_ragged(model: PreTrainedModel) -> None:

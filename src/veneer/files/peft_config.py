@@ -23,6 +23,7 @@ from veneer.files.peft_values import (
     pattern,
     show,
     text,
+    token_ids,
     token_rows,
 )
 from veneer.names import did_you_mean, matches_suffix
@@ -36,7 +37,7 @@ _USED = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save", "peft_type", "task_type",
     "base_model_name_or_path", "revision", "init_lora_weights", "use_dora", "target_parameters", "fan_in_fan_out",
-    "trainable_token_indices",
+    "trainable_token_indices", "alora_invocation_tokens",
 )  # fmt: skip
 _CHANGES_NOTHING = (
     "auto_mapping", "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config",
@@ -45,7 +46,6 @@ _CHANGES_NOTHING = (
 )  # fmt: skip
 _UNSUPPORTED = {
     "lora_bias": "a bias of lora_B",
-    "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron layers",
     "use_qalora": "QA-LoRA",
@@ -102,6 +102,7 @@ def config_from_peft(raw: Any, where: str) -> tuple[LoRAConfig, AdapterMetadata]
         "modules_to_save": names(raw, "modules_to_save", problems),
         "target_parameters": names(raw, "target_parameters", problems),
         "use_dora": choice(raw, "use_dora", (False, True), problems),
+        "invocation_tokens": token_ids(raw, "alora_invocation_tokens", problems),
         "token_rows": token_rows(raw, "trainable_token_indices", problems),
     }
     choice(raw, "fan_in_fan_out", (False, True), problems)  # files.peft reads it: it is the layers', not the settings'
@@ -150,6 +151,7 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
         "target_modules": _targets(adapter) or None,
         "target_parameters": targets_of(adapter.modules)[1] or None,
         "trainable_token_indices": {path: list(one.indices) for path, one in adapter.tokens.items()} or None,
+        "alora_invocation_tokens": list(config.invocation_tokens) or None,
         "use_dora": any(pair.magnitude is not None for pair in adapter.modules.values()),
         "fan_in_fan_out": "transposed" in forms,
         "rank_pattern": dict(scales.rank_pattern),

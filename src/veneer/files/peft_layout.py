@@ -195,9 +195,8 @@ def read_pair(placed: Placed, tensors: Mapping[str, Tensor], rank: int, version:
         ]
         if wrong:
             raise AdapterError("its rank is another", wrong)
-    if form == "conv_across":
-        if _is_within_groups(A, B):
-            form, A = "conv", _within_groups(A, B)
+    if form == "conv_across" and _is_within_groups(A, B):
+        form, A = "conv", _within_groups(A, B)
     if form == "attention_out":
         if _version(version) > _APPLIED_TWICE:
             raise AdapterError(

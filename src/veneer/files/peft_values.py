@@ -147,6 +147,21 @@ def text(raw: Mapping[str, Any], key: str, problems: list[str]) -> str | None:
     return None
 
 
+def token_ids(raw: Mapping[str, Any], key: str, problems: list[str]) -> tuple[int, ...]:
+    """Read a sequence of token ids."""
+    value = raw.get(key)
+    if value is None or value == []:
+        return ()
+    if (
+        not isinstance(value, list)
+        or len(value) > MAX_ENTRIES
+        or not all(type(one) is int and one >= 0 for one in value)
+    ):
+        problems.append(f"{key}: expected token ids from 0, got {show(value)}")
+        return ()
+    return tuple(value)
+
+
 def token_rows(raw: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, tuple[int, ...]]:
     """Read the tokens whose rows train, by the name of their table; a plain list means the table `embed_tokens`."""
     value = raw.get(key)

@@ -202,10 +202,15 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         AttachError: If no adapter is attached.
     """
-    attachment = vars(model).get(_ATTRIBUTE)
+    attachment = find_attachment(model)
     if attachment is None:
         raise AttachError("no adapter is attached to the model; call attach(model, config) first")
     return attachment
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, or None where no adapter is attached."""
+    return vars(model).get(_ATTRIBUTE)
 
 
 def current_adapter(model: nn.Module) -> Adapter:

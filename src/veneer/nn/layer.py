@@ -69,4 +69,8 @@ class LoRALayer(nn.Module):
 
     def drop(self, x: Tensor, slot: Slot) -> Tensor:
         """Return the input of the low-rank branch: with dropout in training, else as it is."""
-        return F.dropout(x, slot.dropout) if slot.dropout > 0 and self.training else x
+        return F.dropout(x, slot.dropout) if self.dropping(slot) else x
+
+    def dropping(self, slot: Slot) -> bool:
+        """Tell whether inputs of the low-rank branch are dropped now."""
+        return slot.dropout > 0 and self.training

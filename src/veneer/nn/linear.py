@@ -79,10 +79,9 @@ class LoRALinear(LoRALayer):
         A, B = slot.factors(x_NI.dtype)
         if slot.magnitude is not None:
             return self._with_magnitude(x_NI, slot, A, B)
-        branch = self.drop(x_NI, slot)
-        if branch is x_NI and is_plain_linear(self.base):
+        if not self.dropping(slot) and is_plain_linear(self.base):
             return lora_linear(x_NI, self.base.weight, self.base.bias, A, B, slot.scaling)  # type: ignore[arg-type]
-        return self.base(x_NI) + lora_delta(branch, A, B, slot.scaling)
+        return self.base(x_NI) + self._delta(x_NI, slot, A, B)
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias = self.bias
@@ -91,11 +90,17 @@ class LoRALinear(LoRALayer):
             projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
             norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
         ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
-        branch = self.drop(x_NI, slot)
-        if branch is x_NI and is_plain_linear(self.base):
+        if not self.dropping(slot) and is_plain_linear(self.base):
             return dora_linear(x_NI, self.base.weight, bias, A, B, slot.scaling, ratio_O)  # type: ignore[arg-type]
         out = self.base(x_NI)
         if bias is not None:
             out = out - bias
-        out = ratio_O.to(out.dtype) * (out + lora_delta(branch, A, B, slot.scaling))
+        out = ratio_O.to(out.dtype) * (out + self._delta(x_NI, slot, A, B))
         return out if bias is None else out + bias
+
+    def _delta(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+        """Return the update of the output; each part drops inputs of its own."""
+        parts = len(slot.parts) if self.dropping(slot) and slot.parts else 1
+        pairs = zip(A.chunk(parts), B.chunk(parts, dim=1), strict=True)
+        deltas = [lora_delta(self.drop(x_NI, slot), A_part, B_part, slot.scaling) for A_part, B_part in pairs]
+        return deltas[0] if parts == 1 else torch.stack(deltas).sum(0)

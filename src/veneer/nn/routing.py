@@ -4,7 +4,7 @@ One `Routing` object belongs to an attached model and is shared by its layers. T
 state, and "no adapter" is `None`, never a number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class Routing:
 
     def __init__(self, slot: int | None = 0) -> None:
         self._slot = slot
-        self._segments: tuple[Segment, ...] | None = None
+        self._segments: Mapping[int, tuple[Segment, ...]] | None = None
 
     def segments(self, num_rows: int) -> tuple[Segment, ...]:
         """Return the segments that cover the rows, in order.
@@ -47,15 +47,16 @@ class Routing:
         """
         if self._segments is None:
             return (Segment(0, num_rows, self._slot),)
-        if self._segments[-1].stop != num_rows:
-            raise AttachError(f"the routing covers {self._segments[-1].stop} rows, the layer got {num_rows}")
-        return self._segments
+        if num_rows not in self._segments:
+            covered = " or ".join(str(rows) for rows in self._segments)
+            raise AttachError(f"the routing covers {covered} rows, the layer got {num_rows}")
+        return self._segments[num_rows]
 
     def all_slots(self) -> tuple[int | None, ...]:
         """Return the slots that rows go through, each once."""
         if self._segments is None:
             return (self._slot,)
-        return tuple(dict.fromkeys(segment.slot for segment in self._segments))
+        return tuple(dict.fromkeys(one.slot for segments in self._segments.values() for one in segments))
 
     @contextmanager
     def using(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -64,14 +65,27 @@ class Routing:
         Raises:
             AttachError: If they leave a gap, overlap or are empty.
         """
-        expected = 0
-        for segment in segments:
-            if segment.start != expected or segment.stop <= segment.start:
-                raise AttachError(f"segments must follow each other from row {expected} on, got {segment}")
-            expected = segment.stop
-        if not segments:
-            raise AttachError("a routing needs at least one segment, got none")
-        before, self._segments = self._segments, tuple(segments)
+        with self.by_rows([segments]):
+            yield
+
+    @contextmanager
+    def by_rows(self, choices: Iterable[Sequence[Segment]]) -> Iterator[None]:
+        """Route each call within the block by those segments that cover its number of rows.
+
+        Raises:
+            AttachError: If any leave a gap, overlap or are empty.
+        """
+        found = {}
+        for segments in choices:
+            expected = 0
+            for segment in segments:
+                if segment.start != expected or segment.stop <= segment.start:
+                    raise AttachError(f"segments must follow each other from row {expected} on, got {segment}")
+                expected = segment.stop
+            if not segments:
+                raise AttachError("a routing needs at least one segment, got none")
+            found[expected] = tuple(segments)
+        before, self._segments = self._segments, found
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from veneer.config import LoRAConfig
+from veneer.names import pattern_matches
 from veneer.nn.kinds import why_not
 from veneer.ops.initialise import initialisation_named
 
@@ -58,6 +59,23 @@ def oversized(module: nn.Module, target: "Target") -> Iterator[str]:
     most = min(target.out_features // groups, target.in_features) * groups
     if target.rank > most:
         yield f"{target.path}: rank {target.rank} is above the layer's own rank of {most}; more has no effect"
+
+
+def ambiguous(targets: "Sequence[Target]", config: LoRAConfig) -> Iterator[str]:
+    """Yield a line for each pair of patterns that both stand for a layer and say different things: the first wins."""
+    tables: dict[str, Mapping[str, object]] = {
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "parts": config.parts,
+    }
+    for name, patterns in tables.items():
+        said = set()
+        for target in targets:
+            hits = [pattern for pattern in patterns if pattern_matches(target.path, pattern)]
+            for other in hits[1:]:
+                if patterns[other] != patterns[hits[0]] and (hits[0], other) not in said:
+                    said.add((hits[0], other))
+                    yield f"{name}: {hits[0]!r} and {other!r} both stand for {target.path}; the first counts"
 
 
 def uncalled(model: nn.Module, targets: "Sequence[Target]", probe: Callable[[], object]) -> Iterator[str]:

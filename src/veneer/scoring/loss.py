@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention, routed_segments
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
+from veneer.errors import BaseModelError
+from veneer.nn.layer import LoRALayer
 from veneer.nn.linear import is_plain_linear
 from veneer.nn.modes import evaluating
 from veneer.ops.loss import chunk_rows, linear_cross_entropy
@@ -41,6 +43,8 @@ def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     head = model.get_output_embeddings()
     if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
+    if isinstance(head, LoRALayer) and routed_segments(model, batch) is not None:
+        raise BaseModelError("an adapted head gets the supervised rows alone, so rows cannot be routed by sequence there")
     vocabulary = model.get_input_embeddings().num_embeddings
     return _through_any_head(head, hidden, targets, chunk_rows(vocabulary, hidden.element_size()))
 
