@@ -4,12 +4,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,6 +51,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def memory(field: str) -> int:
     """Return a field of /proc/self/status in bytes: VmRSS now, VmHWM at most so far."""
     return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(field + ":"))
+
+
+def peak_above(step: Callable[[], object]) -> int:
+    """Return by how many bytes the resident memory rises at its peak while a step runs.
+
+    Only where malloc hands back what is freed (MALLOC_MMAP_THRESHOLD_ small): else the step finds room that an earlier
+    one left behind, and the figure says nothing.
+    """
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+    step()
+    return memory("VmHWM") - before
+
+
+def bytes_held(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, each once."""
+    tensors = {one.data_ptr(): one.nbytes for one in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
 
 
 def _lines(path: str) -> list[str]:

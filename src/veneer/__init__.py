@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
+    from veneer.tools.merge import merge, unmerge
+    from veneer.tools.merge_record import MergeRecord
     from veneer.tools.summarize import Summary, summarize
     from veneer.train.loop import TrainResult
     from veneer.train.run import finetune, run
@@ -35,6 +37,7 @@ _HOME = {
     "Evaluation": "veneer.scoring.evaluate",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
+    "MergeRecord": "veneer.tools.merge_record",
     "Plan": "veneer.nn.plan",
     "PreparedRows": "veneer.scoring.evaluate",
     "RunConfig": "veneer.config",
@@ -59,6 +62,7 @@ _HOME = {
     "load_config": "veneer.base.load",
     "load_model": "veneer.base.load",
     "load_tokenizer": "veneer.base.load",
+    "merge": "veneer.tools.merge",
     "num_positions": "veneer.base.load",
     "plan": "veneer.nn.plan",
     "prepare_evaluation": "veneer.scoring.evaluate",
@@ -69,6 +73,7 @@ _HOME = {
     "run_demo": "veneer.demo.run",
     "save_adapter": "veneer.files.peft",
     "summarize": "veneer.tools.summarize",
+    "unmerge": "veneer.tools.merge",
 }
 
 __all__ = [
@@ -78,6 +83,7 @@ __all__ = [
     "Evaluation",
     "LoRAConfig",
     "LowRank",
+    "MergeRecord",
     "Plan",
     "PreparedRows",
     "RunConfig",
@@ -103,6 +109,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "merge",
     "num_positions",
     "plan",
     "prepare_evaluation",
@@ -113,6 +120,7 @@ __all__ = [
     "run_demo",
     "save_adapter",
     "summarize",
+    "unmerge",
 ]
 
 

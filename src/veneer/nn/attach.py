@@ -123,7 +123,7 @@ def attach(
     if isinstance(what, Adapter):
         config, metadata = what.config, what.metadata
         if not any_base:
-            _check_base(model, what, base_fingerprint)
+            check_base(model, what, base_fingerprint)
         targets = targets_of(model, what)
         trained = trained_parameters(model, [target.owner for target in targets], config, what.trained)
         pairs = {
@@ -267,8 +267,12 @@ def set_metadata(model: nn.Module, **changes: Any) -> None:
     attachment.metadata = replace(attachment.metadata, **changes)
 
 
-def _check_base(model: nn.Module, adapter: Adapter, base_fingerprint: str) -> None:
-    """Raise where the model's weights are not those that the adapter was made for."""
+def check_base(model: nn.Module, adapter: Adapter, base_fingerprint: str) -> None:
+    """Raise where the model's weights are not those that the adapter was made for.
+
+    Raises:
+        AdapterError: Then, with what differs.
+    """
     made_for, known = adapter.metadata.base_fingerprint, dict(model.named_parameters(remove_duplicate=False))
     problems = []
     if made_for is not None and made_for != base_fingerprint:
