@@ -70,7 +70,16 @@ def test_scaling_is_per_module_after_the_patterns():
     assert LoRAConfig(rank=4, alpha=16, use_rslora=True).scaling_for("q") == 8.0
 
 
+@pytest.mark.parametrize("storage", ["plain", "int8", "nf4"])
+def test_a_base_is_stored_plain_or_quantised(storage):
+    assert RunConfig(base="b", out="o", data={"train": "x"}, storage=storage).storage == storage
+    with pytest.raises(ConfigError, match="storage: Input should be 'plain', 'int8' or 'nf4'"):
+        RunConfig(base="b", out="o", data={"train": "x"}, storage=storage + "4")
+
+
 def test_defaults_stand():
+    assert RunConfig(base="b", out="o", data={"train": "x"}).storage == "plain"
+    assert TrainConfig().lora_plus_ratio == 1.0
     assert TrainConfig().max_grad_norm == 1.0
     assert SamplingConfig().temperature == 0.0
     assert DataConfig(train="a").skip_bad_rows is False

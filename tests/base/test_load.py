@@ -1,18 +1,24 @@
 """Loading a base: where from, frozen, tied, in which dtype."""
 
+import gc
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from veneer.base import load as load_module
 from veneer.base.catalog import EMBEDDED
 from veneer.base.gguf import cache_folder, converted_gguf
-from veneer.base.load import compute_dtype, has_bf16_units, load_base
-from veneer.errors import BaseModelError
+from veneer.base.load import check_storage, compute_dtype, has_bf16_units, load_base, quantise_base
+from veneer.errors import BaseModelError, ConfigError
 from veneer.nn.fingerprint import fingerprint
+from veneer.storage.int8 import Int8Linear
+from veneer.storage.nf4 import NF4Linear
 
 
 def test_a_folder_loads_frozen_and_tied(tiny_base):
@@ -40,6 +46,71 @@ def test_16_bit_weights_compute_in_float32_without_units_and_the_log_says_so(tin
     half, _ = load_base(str(folder))
     assert half.dtype == torch.bfloat16
     assert fingerprint(half) == fingerprint(model), "the fingerprint does not depend on the loading dtype"
+
+
+@pytest.mark.parametrize(("storage", "kind"), [("int8", Int8Linear), ("nf4", NF4Linear)])
+def test_a_base_is_quantised_while_it_is_loaded(tiny_base, caplog, storage, kind):
+    plain, _ = load_base(str(tiny_base), storage="plain")
+    with caplog.at_level(logging.INFO, logger="veneer"):
+        model, _ = load_base(str(tiny_base), storage=storage)
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    assert len(layers) == 14
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    before = sum(one.nbytes for one in (*plain.parameters(), *plain.buffers()))
+    after = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    said = f"tiny: 14 linear layers stored as {storage}, {before:,} bytes before, {after:,} after"
+    assert said in caplog.text
+    assert after < before / 1.5
+    assert fingerprint(model) != fingerprint(plain)
+    tokens = torch.arange(9)[None]
+    difference = model(input_ids=tokens).logits - plain(input_ids=tokens).logits
+    assert difference.norm() < {"int8": 0.02, "nf4": 0.2}[storage] * plain(input_ids=tokens).logits.norm()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_quantised_base_lets_its_file_go(tiny_base):
+    """The file is mapped into memory while it is read; one table that still lay in it would keep all of it there."""
+    model, _ = load_base(str(tiny_base), storage="nf4")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    gc.collect()
+    assert str(tiny_base) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_head_of_its_own_is_left_as_it_is(tiny):
+    model = tiny(tie_word_embeddings=False)
+    quantise_base(model, "int8")
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.up_proj, Int8Linear)
+
+
+def test_what_transformers_keeps_in_float32_is_left_as_it_is(tiny):
+    """T5 reads the dtype of such a layer's weight in its forward."""
+    model = tiny()
+    model._keep_in_fp32_modules = {"o_proj"}
+    quantise_base(model, "nf4")
+    layer = model.model.layers[0].self_attn
+    assert (type(layer.o_proj), type(layer.q_proj)) == (nn.Linear, NF4Linear)
+    settings = T5Config(
+        d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=50, decoder_start_token_id=0
+    )
+    t5 = T5ForConditionalGeneration(settings).eval()
+    quantise_base(t5, "int8")
+    inner = t5.encoder.block[0].layer
+    assert (type(inner[0].SelfAttention.q), type(inner[1].DenseReluDense.wo)) == (Int8Linear, nn.Linear)
+    tokens = torch.arange(5)[None]
+    assert t5(input_ids=tokens, labels=tokens).logits.shape == (1, 5, 50)
+
+
+def test_storage_that_cannot_be_had(tiny_base):
+    for load in (lambda: load_base("no/such/folder/at/all", storage="nf5"), lambda: check_storage("nf5")):
+        with pytest.raises(ConfigError, match=r"is not one of plain, int8, nf4; nearest: 'nf4'"):
+            load()
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
+    with pytest.raises(BaseModelError, match="GPT2LMHeadModel has no linear layer that can be stored as nf4"):
+        quantise_base(gpt2, "nf4")
 
 
 @pytest.mark.parametrize("stored", [None, torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -40,15 +40,52 @@ def test_equals_adamw_with_clipping(max_norm, decay):
             torch.testing.assert_close(ours[name], theirs[name])
 
 
-def test_state_goes_over_to_another_optimiser_exactly():
+def test_rates_and_decay_by_name_equal_groups_of_adamw():
+    """LoRA+ and parameters without decay; the buffer puts alike ones together, whatever their order."""
+    ours, theirs = parameters(), parameters()
+    flat = FlatAdamW(ours, weight_decay=0.1, max_grad_norm=0.5, rates={"a": 16.0, "c": 16.0}, undecayed=["c"])
+    groups = [
+        {"params": [theirs["a"]], "weight_decay": 0.1},
+        {"params": [theirs["b"]], "weight_decay": 0.1},
+        {"params": [theirs["c"]], "weight_decay": 0.0},
+    ]
+    plain = torch.optim.AdamW(groups)
+    for step in range(4):
+        loss_of(ours, step).backward()
+        norm = flat.step(0.01 * (step + 1))
+        plain.zero_grad()
+        loss_of(theirs, step).backward()
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5).item(), rel=1e-5)
+        for group, rate in zip(plain.param_groups, (16.0, 1.0, 16.0), strict=True):
+            group["lr"] = 0.01 * (step + 1) * rate
+        plain.step()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+    state = flat.state()
+    for name, parameter in theirs.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state[f"{name}.{moment}"], plain.state[parameter][moment])
+
+
+@pytest.mark.parametrize("options", [{}, {"rates": {"a": 4.0}, "undecayed": ["b"]}])
+def test_parameters_and_gradients_are_views_of_one_buffer(options):
+    values = parameters()
+    FlatAdamW(values, weight_decay=0.1, max_grad_norm=None, **options)
+    for tensors in (values.values(), [one.grad for one in values.values()]):
+        assert len({one.untyped_storage().data_ptr() for one in tensors}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"rates": {"b": 4.0}}])
+def test_state_goes_over_to_another_optimiser_exactly(options):
     one, other = parameters(), parameters()
-    first = FlatAdamW(one, weight_decay=0.0, max_grad_norm=1.0)
+    first = FlatAdamW(one, weight_decay=0.0, max_grad_norm=1.0, **options)
+    assert first.state() == {}
     for step in range(3):
         loss_of(one, step).backward()
         first.step(0.1)
     for name, parameter in other.items():
         parameter.data.copy_(one[name])
-    second = FlatAdamW(other, weight_decay=0.0, max_grad_norm=1.0)
+    second = FlatAdamW(other, weight_decay=0.0, max_grad_norm=1.0, **options)
     second.load_state(first.state(), steps=3)
     for optimizer, values in ((first, one), (second, other)):
         loss_of(values, 9).backward()

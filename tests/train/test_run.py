@@ -304,7 +304,7 @@ def test_bad_rows_are_refused_before_the_model_is_loaded_or_skipped_and_listed(m
     bad.write_text(good * 3 + "{broken\n" + good + '{"prompt": "a", "completion": ""}\n')
     config = make_run(data={"train": str(bad)})
     with monkeypatch.context() as patch:
-        patch.setattr("veneer.train.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr("veneer.train.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
         with pytest.raises(DataError) as error:
             run(config)
     assert "bad.jsonl:4" in str(error.value)

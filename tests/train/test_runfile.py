@@ -1,9 +1,14 @@
 """Run files: numbers as people write them, every mistake named."""
 
+from pathlib import Path
+
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.train.initialise import check_initialisation
 from veneer.train.runfile import dump_run, read_run_file
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 GOOD = "base: smollm2\ndata: {train: a.jsonl}\nout: runs/a\n"
 
@@ -70,3 +75,10 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, GOOD)
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         read_run_file(str(tmp_path / "rum.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_sound(path):
+    run = read_run_file(str(path))
+    check_initialisation(run.adapter, run.storage)
+    assert Path(EXAMPLES.parent, run.data.train).parent.parent == EXAMPLES

@@ -1,10 +1,12 @@
-"""Load a base model and its tokenizer: frozen, in a dtype that the processor is fast in."""
+"""Load a base model and its tokenizer: frozen, in a dtype that the processor is fast in, or in fewer bits."""
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,13 +18,23 @@ from transformers import (
 
 from veneer.base.quiet import quiet_transformers
 from veneer.base.source import Source, find_source
-from veneer.errors import BaseModelError
+from veneer.errors import BaseModelError, ConfigError
+from veneer.names import did_you_mean
+from veneer.nn.heads import output_heads
+from veneer.storage.quantise import QUANTISERS, quantise_model
 
 log = logging.getLogger("veneer")
 
+PLAIN = "plain"
+"""The storage of a base that stays as it was loaded."""
+
 
 def load_base(
-    base: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    base: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    storage: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen language model and its tokenizer.
 
@@ -30,18 +42,26 @@ def load_base(
         base: Directory, hub id, `.gguf` file, or the name of an embedded model such as `smollm2`.
         dtype: Dtype of the weights; None chooses with `compute_dtype`.
         device: Where the model goes.
+        storage: `"int8"` or `"nf4"` to store the linear layers in 8 or 4 bits, see `quantise_base`; None or `"plain"`
+            leaves them as they are. An adapter belongs to the base in the storage that it was trained on.
 
     Returns:
         The model in evaluation mode with no gradient asked for, tied weights tied; and its tokenizer.
 
     Raises:
-        BaseModelError: If it cannot be found or loaded.
+        ConfigError: If the storage is unknown.
+        BaseModelError: If it cannot be found, loaded or quantised.
+
+    Cost:
+        The whole model in its dtype is in memory before it is quantised: that is the peak. A device other than the CPU
+        only ever holds the quantised one.
 
     Example:
-        model, tokenizer = load_base("smollm2")
+        model, tokenizer = load_base("smollm2", storage="nf4")
     """
+    check_storage(storage)
     source = find_source(base)
-    return load_model(source, dtype=dtype, device=device), load_tokenizer(source)
+    return load_model(source, dtype=dtype, device=device, storage=storage), load_tokenizer(source)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -73,13 +93,19 @@ def num_positions(config: PreTrainedConfig) -> int | None:
 
 
 def load_model(
-    source: Source, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    storage: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of a base that was found, see `load_base`.
 
     Raises:
-        BaseModelError: If it cannot be loaded.
+        ConfigError: If the storage is unknown.
+        BaseModelError: If it cannot be loaded or quantised.
     """
+    check_storage(storage)
     if dtype is None:
         stored = load_config(source).dtype
         dtype, reason = compute_dtype(stored, torch.device(device))
@@ -87,7 +113,75 @@ def load_model(
     model, found = _pretrained(AutoModelForCausalLM, source, dtype=dtype, output_loading_info=True)
     check_complete(found, source.name)
     model.name_or_path = source.name  # a converted file is known by its own name, not by its place in our cache
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if storage is not None:
+        quantise_base(model, storage)
+    return model.to(device)
+
+
+def check_storage(storage: str | None) -> None:
+    """Raise unless a base can be stored so.
+
+    Raises:
+        ConfigError: With the nearest name.
+    """
+    known = (PLAIN, *QUANTISERS)
+    if storage is not None and storage not in known:
+        raise ConfigError(f"storage={storage!r} is not one of {', '.join(known)}{did_you_mean(str(storage), known)}")
+
+
+def quantise_base(model: PreTrainedModel, storage: str) -> None:
+    """Store the linear layers of a model in fewer bits, in place, one after the other.
+
+    Left as they are: the output head (whose weight the loss reads, and which is often the embedding), layers of other
+    types and tables, and modules that transformers keeps in float32: they are precious, and T5 reads the dtype of one's
+    weight, which a quantised layer has not.
+
+    Args:
+        model: Changed in place.
+        storage: `"int8"` or `"nf4"`; for `"plain"` nothing is done.
+
+    Raises:
+        BaseModelError: If there is no layer to quantise (GPT-2's are of a type of its own), or weights are not finite.
+
+    Example:
+        quantise_base(model, "nf4")
+    """
+    if storage == PLAIN:
+        return
+    heads = output_heads(model)
+    precious = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    skip = [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(module is head for head in heads) or any(f".{name}." in f".{path}." for name in precious)
+    ]
+    before = _stored_bytes(model)
+    count = quantise_model(model, storage, skip=skip)
+    if not count:
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layer that can be stored as {storage}; load it with storage='plain'"
+        )
+    _own_memory(model)
+    log.info(
+        "%s: %d linear layers stored as %s, %s bytes before, %s after",
+        *(model.name_or_path, count, storage, f"{before:,}", f"{_stored_bytes(model):,}"),
+    )
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what was left as it is: a checkpoint's file is mapped into memory, and one table holds on to all of it."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for parameter in model.parameters():
+        place = (parameter.data_ptr(), parameter.shape)
+        if place not in copies:
+            copies[place] = parameter.detach().clone()
+        parameter.data = copies[place]
+
+
+def _stored_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of all that a model holds, what is tied counted once."""
+    return sum(one.nbytes for one in chain(model.parameters(), model.buffers()))
 
 
 def check_complete(found: Mapping[str, Any], name: str) -> None:

@@ -1,13 +1,16 @@
 """`veneer train`."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import veneer
 from veneer.cli.output import Json, Set, SkipBadRows, log_to_stderr, print_bad_rows, print_facts, print_json, size
 from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.train.loop import TrainResult
 
 EXAMPLE = "Example: veneer train examples/run.yaml --set train.epochs=2 --out runs/again"
 
@@ -23,8 +26,9 @@ def train(
 ) -> None:
     """Train an adapter, and write a run folder: adapter, checkpoints, metrics, loss.png.
 
-    A run file holds base, adapter (rank, alpha, target_modules, ...), data (train, eval), train (epochs,
-    learning_rate, tokens_per_step, max_length, eval_every, ...), seed and out; --set changes any of them.
+    A run file holds base, storage (plain, int8, nf4), adapter (rank, alpha, target_modules, ...), data (train, eval),
+    train (epochs, learning_rate, tokens_per_step, max_length, eval_every, ...), seed and out; --set changes any of
+    them.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; choose one")
@@ -50,10 +54,12 @@ def train(
                 "peak_rss_bytes": result.peak_rss_bytes,
                 "adapter_bytes": result.adapter.num_bytes,
                 "bad_rows": len(result.bad_rows),
+                "never_trained": result.never_trained,
+                "untrained": list(result.untrained),
             }
         )
         return
-    evaluation = {}
+    evaluation: dict[str, str] = {}
     if result.eval_loss is not None and result.eval_loss_before is not None:
         evaluation = {"evaluation loss": f"{result.eval_loss_before:.4f} before, {result.eval_loss:.4f} after"}
     print_facts(
@@ -63,9 +69,20 @@ def train(
             "steps": f"{result.steps} ({result.tokens:,} tokens in {result.seconds:.0f} s)",
             "last training loss": f"{result.loss:.4f}",
             **evaluation,
+            **_unchanged(result),
             "speed": f"{result.tokens_per_second:,.0f} tokens per second",
             "peak memory": size(result.peak_rss_bytes),
             "adapter size": size(result.adapter.num_bytes),
         }
     )
-    print(f"Try it: veneer generate {run.base} --adapter {result.folder / 'adapter'} --prompt '...'", file=sys.stderr)
+    if run.storage == "plain":  # `veneer generate` loads the base plain
+        command = f"veneer generate {run.base} --adapter {result.folder / 'adapter'} --prompt '...'"
+        print(f"Try it: {command}", file=sys.stderr)
+
+
+def _unchanged(result: "TrainResult") -> dict[str, str]:
+    """Return a line where layers are as they began: nothing was learned there."""
+    count, layers = len(result.untrained), len(result.adapter.modules)
+    if result.never_trained:
+        return {"never trained": f"the update of all {layers} layers is still zero: the adapter changes nothing"}
+    return {"never trained": f"{count} of {layers} layers, such as {result.untrained[0]}"} if count else {}

@@ -5,18 +5,21 @@ moments, the random state and a few counters. The order of the rows needs no sta
 """
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, LowRank
 from veneer.errors import DamagedArtefactError, OutputError, VeneerError
 from veneer.files.commit import commit_folder, verify_folder
 from veneer.files.filesystem import REAL
 from veneer.files.peft import adapter_to_files, load_adapter
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import dump_tensors, read_tensors
+from veneer.nn.attach import Attachment
+from veneer.nn.slots import Slot
 from veneer.train.optimizer import FlatAdamW
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -97,8 +100,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: FlatAdamW) -> tuple[TrainState, Tensor]:
-    """Put a checkpoint's values into the attached parameters and the optimiser, in place.
+def load_checkpoint(path: Path, attachment: Attachment, optimizer: FlatAdamW) -> tuple[TrainState, Tensor]:
+    """Put a checkpoint's values into an attached adapter and its optimiser, in place.
+
+    The adapter began as the checkpoint's did: what is fixed (ranks, parts, scalings) is checked, what trains and the
+    frozen halves of a compensated start are taken from the checkpoint, bit for bit.
 
     Returns:
         Where the run was, and the random state to go on with.
@@ -107,15 +113,41 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: 
         OutputError: If its parameters are not those of the attached adapter.
     """
     state = TrainState(**parse_json((path / _STATE).read_bytes(), str(path / _STATE), error=DamagedArtefactError))
-    tensors = load_adapter(path).tensors()
-    if set(tensors) != set(parameters):
-        raise OutputError(
-            f"{path} holds other parameters than the attached adapter", sorted(set(tensors) ^ set(parameters))
-        )
-    for name, tensor in tensors.items():
-        parameters[name].data.copy_(tensor)
+    adapter = load_adapter(path)
+    saved, slots = adapter.tensors(), {target.path: attachment.slot(target) for target in attachment.targets}
+    in_slots = {f"{one}.{name}": each for one, slot in slots.items() for name, each in slot.pair().tensors().items()}
+    others = {name: one for name, one in attachment.parameters().items() if name not in in_slots}
+    problems = _differences({**in_slots, **others}, saved)
+    if problems:
+        raise OutputError(f"{path} holds other parameters than the attached adapter", problems)
+    for module, slot in slots.items():
+        _take(slot, adapter.modules[module])
+    for name, parameter in others.items():
+        parameter.data.copy_(saved[name])
     moments = read_tensors(path / _TENSORS)
     random_state = moments.pop(_RANDOM)
     if moments:
         optimizer.load_state(moments, state.step)
     return state, random_state
+
+
+def _differences(attached: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+    """Return a line for each tensor that is not in both, or of another shape."""
+    names = dict.fromkeys([*attached, *saved])
+    shapes = [{name: tuple(one.shape) for name, one in tensors.items()} for tensors in (attached, saved)]
+    pairs = {name: [of.get(name) for of in shapes] for name in names}
+    return [f"{name}: attached {now}, saved {before}" for name, (now, before) in pairs.items() if now != before]
+
+
+def _take(slot: Slot, pair: LowRank) -> None:
+    """Put values into a slot, cut as a slot cuts them: into halves where one is frozen, into parts."""
+    now = slot.pair()
+    cut = Slot(replace(pair, form=now.form, frozen_rank=now.frozen_rank), parts=slot.parts, dtype=slot.lora_A.dtype)
+    for into, values in ((slot.trainable(), cut.trainable()), (_frozen(slot), _frozen(cut))):
+        for name, tensor in values.items():
+            into[name].data.copy_(tensor)
+
+
+def _frozen(slot: Slot) -> dict[str, Tensor]:
+    named = {"frozen_A": slot.frozen_A, "frozen_B": slot.frozen_B}
+    return {name: one for name, one in named.items() if one is not None}

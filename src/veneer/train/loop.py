@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter import Adapter
@@ -18,7 +18,7 @@ from veneer.data.batches import Step, epoch_steps
 from veneer.data.encode import EncodedRows
 from veneer.errors import InterruptedRunError, NonFiniteError, OutputError
 from veneer.files.peft import adapter_to_files, load_adapter, save_adapter
-from veneer.nn.attach import attachment_of, current_adapter
+from veneer.nn.attach import Attachment, attachment_of, current_adapter
 from veneer.scoring.loss import evaluate_loss
 from veneer.train.checkpoint import (
     TrainState,
@@ -33,7 +33,7 @@ from veneer.train.interrupt import StopFlag, StopRequested, stop_flag
 from veneer.train.optimizer import FlatAdamW, check_one_dtype
 from veneer.train.prepare import PreparedData
 from veneer.train.progress import Progress, progress_bar
-from veneer.train.report import draw_losses, model_card
+from veneer.train.report import draw_losses, model_card, untrained
 from veneer.train.schedule import learning_rate
 from veneer.train.step import peak_rss_bytes, train_step
 
@@ -57,6 +57,7 @@ class TrainResult:
         seconds: Seconds spent in steps.
         peak_rss_bytes: Most memory that the process held.
         bad_rows: "file:line: what is wrong" for every row left out.
+        untrained: Paths of the layers whose update is still zero, as it began; all of them where nothing trained.
     """
 
     adapter: Adapter
@@ -69,6 +70,12 @@ class TrainResult:
     seconds: float
     peak_rss_bytes: int
     bad_rows: tuple[str, ...]
+    untrained: tuple[str, ...] = ()
+
+    @property
+    def never_trained(self) -> bool:
+        """Whether no layer has been changed by the training."""
+        return bool(self.untrained) and len(self.untrained) == len(self.adapter.modules)
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +107,7 @@ def check_trainable(model: PreTrainedModel) -> None:
         AdapterError: If PEFT's layout cannot hold the adapter.
     """
     check_ragged(model)
-    check_one_dtype(attachment_of(model).parameters())
+    check_one_dtype(_trainable(attachment_of(model)))
     adapter_to_files(current_adapter(model))
 
 
@@ -118,8 +125,8 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         InterruptedRunError: If the run was asked to stop; a checkpoint was committed.
     """
     schedule = list(_schedule(data.train, config.train, config.seed))
-    parameters = attachment_of(model).parameters()
-    optimizer = FlatAdamW(parameters, weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
+    attachment = attachment_of(model)
+    optimizer = _optimizer(attachment, config.train)
     metrics = Metrics(folder)
     with _own_random_state(config.seed), stop_flag() as stop, progress_bar(len(schedule)) as progress:
         state = TrainState()
@@ -127,7 +134,7 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         for line in damaged:
             log.warning("a damaged checkpoint is passed over: %s", line)
         if newest is not None:
-            state, random_state = load_checkpoint(newest, parameters, optimizer)
+            state, random_state = load_checkpoint(newest, attachment, optimizer)
             torch.set_rng_state(random_state)
             log.info("going on from %s", newest)
         forget_checkpoints_after(folder / CHECKPOINTS, state.step)
@@ -141,6 +148,26 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
             model.eval()
             draw_losses(metrics.read(), folder)
     return _finish(run)
+
+
+def _trainable(attachment: Attachment) -> dict[str, nn.Parameter]:
+    """Return what trains by its name; a frozen `lora_A` (LoRA-FA) does not."""
+    return {name: one for name, one in attachment.parameters().items() if one.requires_grad}
+
+
+def _optimizer(attachment: Attachment, settings: TrainConfig) -> FlatAdamW:
+    """Return the optimiser: each `lora_B` at its own rate, decay for the factors alone."""
+    parameters = _trainable(attachment)
+    paths = {target.path: target.kind.form for target in attachment.targets}
+    factors = {f"{path}.{name}" for path in paths for name in ("lora_A", "lora_B")}
+    raised = (f"{path}.lora_B" for path, form in paths.items() if form != "embedding")
+    return FlatAdamW(
+        parameters,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        rates=dict.fromkeys(raised, settings.lora_plus_ratio),
+        undecayed=parameters.keys() - factors,
+    )
 
 
 def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
@@ -158,6 +185,8 @@ def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
             rate = learning_rate(settings, number, len(schedule))
             figures = train_step(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check)
             random_state = torch.get_rng_state()
+            if number == 1 and figures["grad_norm"] == 0:
+                log.warning("step 1: no gradient reaches the adapter; unless that changes, nothing will be trained")
             state.step = number
             state.tokens += figures["tokens"]
             state.seconds += figures.pop("seconds")
@@ -246,7 +275,13 @@ def _finish(run: _Run) -> TrainResult:
         seconds=run.state.seconds,
         peak_rss_bytes=peak_rss_bytes(),
         bad_rows=run.data.bad,
+        untrained=untrained(adapter),
     )
+    if result.never_trained:
+        log.warning("never trained: every layer's update is still zero, as it began")
+    elif result.untrained:
+        layers = ", ".join(result.untrained[:5])
+        log.warning("%d of %d layers never trained: %s", len(result.untrained), len(adapter.modules), layers)
     card = model_card(adapter, run.config, run.data, result.eval_loss_before, result.eval_loss)
     save_adapter(adapter, run.folder / ADAPTER, card=card, replace=True)
     return result

@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from veneer.adapter import Adapter
+from veneer.adapter import Adapter, LowRank
 from veneer.config import RunConfig
+from veneer.factors import cut_ranks
 from veneer.train.folder import PICTURE
 from veneer.train.prepare import PreparedData
 
@@ -39,6 +40,28 @@ def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     width = max(2, len(points) // 10)
     losses = [loss for _, loss in points]
     return [(points[end - 1][0], sum(losses[end - width : end]) / width) for end in range(width, len(points) + 1)]
+
+
+def untrained(adapter: Adapter) -> tuple[str, ...]:
+    """Return the paths of the modules whose update is still zero, as it began: they never got a gradient.
+
+    Of initialisations whose update does not begin at zero (loftq, orthogonal up to rounding), nothing can be told.
+
+    Example:
+        >>> import torch
+        >>> from veneer.config import LoRAConfig
+        >>> pair = LowRank(torch.ones(1, 2), torch.zeros(3, 1), 1.0)
+        >>> untrained(Adapter({"layers.0.q_proj": pair}, LoRAConfig(rank=1)))
+        ('layers.0.q_proj',)
+    """
+    return tuple(path for path, pair in adapter.modules.items() if _is_zero(pair))
+
+
+def _is_zero(pair: LowRank) -> bool:
+    if not pair.frozen_rank:
+        return not bool(pair.lora_B.any())
+    (A, B), (A0, B0) = cut_ranks(pair.form, pair.lora_A, pair.lora_B, pair.frozen_rank)
+    return A.equal(A0) and B.equal(-B0)
 
 
 def model_card(
@@ -73,14 +96,23 @@ tags: [lora, veneer]
 
 {len(data.train.rows):,} {data.row_format} rows, {data.train.num_tokens:,} tokens an epoch, of them
 {data.train.num_supervised:,} supervised; {len(data.bad):,} rows left out. SHA-256 of the training file:
-`{data.digests["train"]}`. Base fingerprint: `{adapter.metadata.base_fingerprint}`. Seed {run.seed}.
+`{data.digests["train"]}`. Base fingerprint: `{adapter.metadata.base_fingerprint}`; its linear layers were stored
+{run.storage}. Seed {run.seed}.
 
 {settings}
 
 ## Use
 
-    veneer generate {run.base} --adapter FOLDER --prompt "..."
+{_use(run)}
 
     from peft import PeftModel                      # the files are PEFT's
     model = PeftModel.from_pretrained(base, FOLDER)
 """
+
+
+def _use(run: RunConfig) -> str:
+    """Return how to try the adapter, on the base in the storage that it was trained on."""
+    if run.storage == "plain":
+        return f'    veneer generate {run.base} --adapter FOLDER --prompt "..."'
+    return f"""    model, tokenizer = veneer.load_base({json.dumps(run.base)}, storage="{run.storage}")
+    veneer.attach(model, veneer.load_adapter("FOLDER"))"""

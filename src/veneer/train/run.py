@@ -1,20 +1,24 @@
 """Whole runs: from a configuration, or for a model that has an adapter attached already."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter import AdapterMetadata
-from veneer.base.load import load_config, load_model, load_tokenizer, num_positions
-from veneer.base.source import find_source
+from veneer.base.load import load_config, load_model, load_tokenizer, num_positions, quantise_base
+from veneer.base.source import Source, find_source
 from veneer.config import DataConfig, RunConfig, TrainConfig
 from veneer.data.encode import template_digest
 from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
+from veneer.storage.int8 import Int8Linear
+from veneer.storage.nf4 import NF4Linear
 from veneer.train.folder import Existing, begin_run_folder, check_run_folder
+from veneer.train.initialise import Seen, check_initialisation, needs_look, observe
 from veneer.train.loop import TrainResult, check_trainable, train_adapter
 from veneer.train.prepare import PreparedData, prepare_data, read_data
 
@@ -24,32 +28,45 @@ _MAY_CHANGE: dict[str, Any] = {"out": True, "train": {"checkpoint_every", "keep_
 
 
 def run(config: RunConfig, *, existing: Existing = "refuse") -> TrainResult:
-    """Train an adapter as a run file says: check the folder and the rows, load the base, attach, train, commit.
+    """Train an adapter as a run file says: check settings, folder and rows, load the base, attach, train, commit.
 
     Args:
         config: The run.
         existing: What to do where the run folder exists.
 
     Raises:
-        VeneerError: Of the kind that fits; everything about folder, rows and base's name before the model is loaded.
+        VeneerError: Of the kind that fits; everything about settings, folder, rows and base's name before the model is
+            loaded.
 
     Example:
         run(read_run_file("examples/run.yaml")).eval_loss
     """
+    check_initialisation(config.adapter, config.storage)
     check_run_folder(config.out, existing)
     read = read_data(config.data)  # before the base is looked for: converting a GGUF file takes half a minute
     source = find_source(config.base)
     tokenizer = load_tokenizer(source)
     data = prepare_data(config.data, read, tokenizer, _longest(config.train, load_config(source)))
-    model = load_model(source)
+    model, (adapter, observed) = _load(source, data, config)
     metadata = AdapterMetadata(
         base=source.name,
         task_type="CAUSAL_LM",
         row_format=data.row_format,
         template_digest=template_digest(tokenizer),
     )
-    attach(model, config.adapter, seed=config.seed, metadata=metadata)
+    attach(model, adapter, seed=config.seed, metadata=metadata, observed=observed)
+    observed.clear()  # full weights or gradients, as large as the model
     return _train(model, data, config, existing)
+
+
+def _load(source: Source, data: PreparedData, config: RunConfig) -> tuple[PreTrainedModel, Seen]:
+    """Load the base as it is to be stored, and what the adapter's initialisation sees of it before."""
+    if not needs_look(config.adapter):
+        return load_model(source, storage=config.storage), (config.adapter, {})
+    model, budget = load_model(source), config.train.tokens_per_micro_batch
+    seen = observe(model, config.adapter, data.train.rows, seed=config.seed, tokens_per_batch=budget)
+    quantise_base(model, config.storage)
+    return model, seen
 
 
 def finetune(
@@ -87,6 +104,7 @@ def finetune(
     base = attachment.metadata.base or str(model.name_or_path) or type(model).__name__
     settings = RunConfig(
         base=base,
+        storage=_storage_of(model),
         adapter=attachment.config,
         data=DataConfig(train=data) if isinstance(data, str) else data,
         train=config or TrainConfig(),
@@ -96,6 +114,12 @@ def finetune(
     prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, _longest(settings.train, model.config))
     set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
     return _train(model, prepared, settings, existing)
+
+
+def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
+    """Return how a model's linear layers are stored, as `load_base` was asked for it."""
+    kinds = {type(module) for module in model.modules()}
+    return "nf4" if NF4Linear in kinds else "int8" if Int8Linear in kinds else "plain"
 
 
 def _longest(train: TrainConfig, base: PreTrainedConfig) -> int:

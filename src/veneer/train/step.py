@@ -49,7 +49,8 @@ def train_step(
         value = part.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss is {value}", [rows[index].source for index in micro])
-        part.backward()
+        if part.requires_grad:  # it does not where no row calls on an activated adapter
+            part.backward()
         loss += value
     norm = optimizer.step(learning_rate)
     seconds = time.perf_counter() - start
