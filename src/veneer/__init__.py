@@ -7,8 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.adapter import Adapter, AdapterMetadata, LowRank
-    from veneer.base.load import load_base, load_config, load_model, load_tokenizer, num_positions
+    from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
+    from veneer.base.load import (
+        check_storage,
+        load_base,
+        load_config,
+        load_model,
+        load_tokenizer,
+        num_positions,
+        quantise_base,
+    )
     from veneer.base.source import Source, find_source
     from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
     from veneer.data.answers import generate
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
     from veneer.files.peft import load_adapter, save_adapter
+    from veneer.files.peft_other import OtherAdapter, read_other
     from veneer.nn.attach import attach, current_adapter, detach, disabled
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
@@ -24,6 +33,8 @@ if TYPE_CHECKING:
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_record import MergeRecord
     from veneer.tools.summarize import Summary, summarize
+    from veneer.tools.to_lora import Conversion, to_lora
+    from veneer.train.initialise import observe
     from veneer.train.loop import TrainResult
     from veneer.train.run import finetune, run
     from veneer.train.runfile import read_run_file
@@ -33,21 +44,25 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "veneer.adapter",
     "AdapterMetadata": "veneer.adapter",
+    "Conversion": "veneer.tools.to_lora",
     "DataConfig": "veneer.config",
     "Evaluation": "veneer.scoring.evaluate",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
     "MergeRecord": "veneer.tools.merge_record",
+    "OtherAdapter": "veneer.files.peft_other",
     "Plan": "veneer.nn.plan",
     "PreparedRows": "veneer.scoring.evaluate",
     "RunConfig": "veneer.config",
     "SamplingConfig": "veneer.config",
     "Source": "veneer.base.source",
     "Summary": "veneer.tools.summarize",
+    "TokenRows": "veneer.adapter",
     "TrainConfig": "veneer.config",
     "TrainResult": "veneer.train.loop",
     "VeneerError": "veneer.errors",
     "attach": "veneer.nn.attach",
+    "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
     "current_adapter": "veneer.nn.attach",
     "detach": "veneer.nn.attach",
@@ -64,8 +79,11 @@ _HOME = {
     "load_tokenizer": "veneer.base.load",
     "merge": "veneer.tools.merge",
     "num_positions": "veneer.base.load",
+    "observe": "veneer.train.initialise",
     "plan": "veneer.nn.plan",
     "prepare_evaluation": "veneer.scoring.evaluate",
+    "quantise_base": "veneer.base.load",
+    "read_other": "veneer.files.peft_other",
     "read_prompts": "veneer.data.rows",
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
@@ -73,28 +91,33 @@ _HOME = {
     "run_demo": "veneer.demo.run",
     "save_adapter": "veneer.files.peft",
     "summarize": "veneer.tools.summarize",
+    "to_lora": "veneer.tools.to_lora",
     "unmerge": "veneer.tools.merge",
 }
 
 __all__ = [
     "Adapter",
     "AdapterMetadata",
+    "Conversion",
     "DataConfig",
     "Evaluation",
     "LoRAConfig",
     "LowRank",
     "MergeRecord",
+    "OtherAdapter",
     "Plan",
     "PreparedRows",
     "RunConfig",
     "SamplingConfig",
     "Source",
     "Summary",
+    "TokenRows",
     "TrainConfig",
     "TrainResult",
     "VeneerError",
     "__version__",
     "attach",
+    "check_storage",
     "check_template",
     "current_adapter",
     "detach",
@@ -111,8 +134,11 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "num_positions",
+    "observe",
     "plan",
     "prepare_evaluation",
+    "quantise_base",
+    "read_other",
     "read_prompts",
     "read_rows",
     "read_run_file",
@@ -120,6 +146,7 @@ __all__ = [
     "run_demo",
     "save_adapter",
     "summarize",
+    "to_lora",
     "unmerge",
 ]
 

@@ -255,3 +255,20 @@ def test_a_damaged_plan_is_one_message(call, trained, run_file):
     assert code == 2
     assert "plan.json is damaged" in err
     assert "Traceback" not in out + err
+
+
+def test_an_adapter_of_a_quantised_run_is_used_on_the_base_as_it_was_stored(call, run_file, rows, tiny_base, tmp_path):
+    code, _, err = call("train", run_file, "--set", "storage=nf4")
+    assert code == 0
+    assert "--storage nf4" in err
+    adapter = tmp_path / "run" / "adapter"
+    asked = ("eval", tiny_base, rows, "--adapter", adapter, "--json")
+    assert call(*asked)[0] == 2
+    code, out, _ = call(*asked, "--storage", "nf4")
+    assert code == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    after = [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    assert json.loads(out)["loss"] == pytest.approx(after, rel=1e-5)
+    code, _, err = call(*asked, "--storage", "nf5")
+    assert code == 2
+    assert "nearest: 'nf4'" in err

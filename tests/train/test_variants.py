@@ -143,7 +143,7 @@ def test_another_storage_is_another_run_and_another_base(make_run):
         run(config.model_copy(update={"storage": "nf4"}), existing="resume")
     card = Path(config.out, "adapter", "README.md").read_text()
     assert "stored\nint8" in card
-    assert 'storage="int8")\n    veneer.attach(' in card
+    assert "--adapter FOLDER --storage int8" in card
     with pytest.raises(AdapterError, match="fingerprint"):
         veneer.attach(veneer.load_base(config.base)[0], result.adapter)
     veneer.attach(veneer.load_base(config.base, storage="int8")[0], result.adapter)

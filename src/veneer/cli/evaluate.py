@@ -13,6 +13,7 @@ from veneer.cli.output import (
     Json,
     Set,
     SkipBadRows,
+    Storage,
     answers_bar,
     log_to_stderr,
     print_bad_rows,
@@ -30,6 +31,7 @@ def evaluate(
     data: Annotated[str, typer.Argument(metavar="ROWS", help="File of rows (.jsonl, .csv).")],
     adapter: AdapterFolder = None,
     any_base: AnyBase = False,
+    storage: Storage = None,
     scores: Annotated[
         list[str] | None,
         typer.Option("--score", metavar="NAME", help="exact_match, json, accuracy, bleu or chrf; may be repeated."),
@@ -47,7 +49,7 @@ def evaluate(
     sampling = sampling_from(settings)
     check_scores(scores or ())
     read = veneer.read_rows(data, skip_bad_rows=skip_bad_rows)  # before the base is looked for: that may take a while
-    opened = open_base(base, adapter, any_base)
+    opened = open_base(base, adapter, any_base, storage)
     rows = veneer.prepare_evaluation(
         opened.tokenizer, read, scores=scores or (), positions=opened.positions, skip_bad_rows=skip_bad_rows
     )

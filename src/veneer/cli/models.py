@@ -24,6 +24,7 @@ class Opened:
     tokenizer: "PreTrainedTokenizerBase"
     adapter: "Adapter | None"
     any_base: bool
+    storage: str | None
 
     @property
     def positions(self) -> int | None:
@@ -32,24 +33,26 @@ class Opened:
 
     def model(self) -> "PreTrainedModel":
         """Load the weights, and attach the adapter."""
-        model = veneer.load_model(self.source)
+        model = veneer.load_model(self.source, storage=self.storage)
         if self.adapter is not None:
             veneer.attach(model, self.adapter, any_base=self.any_base)
         return model
 
 
-def open_base(base: str, adapter: str | None, any_base: bool) -> Opened:
+def open_base(base: str, adapter: str | None, any_base: bool, storage: str | None) -> Opened:
     """Find a base and read its tokenizer, and an adapter where one is named: what is wrong shows before weights load.
 
     Raises:
         AdapterError: If the adapter cannot be read, or was trained with another chat template.
+        ConfigError: If the storage is unknown.
     """
+    veneer.check_storage(storage)
     value = veneer.load_adapter(adapter) if adapter is not None else None
     source = veneer.find_source(base)
     tokenizer = veneer.load_tokenizer(source)
     if value is not None and not any_base:
         veneer.check_template(value.metadata, tokenizer)
-    return Opened(source, tokenizer, value, any_base)
+    return Opened(source, tokenizer, value, any_base, storage)
 
 
 def sampling_from(settings: Sequence[str] | None) -> "SamplingConfig":

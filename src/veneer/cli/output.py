@@ -27,6 +27,10 @@ AnyBase = Annotated[
     bool,
     typer.Option("--any-base", help="Use the adapter although it was made for other weights or another template."),
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="NAME", help="How the base's weights are stored: plain, int8 or nf4."),
+]
 
 
 def log_to_stderr() -> None:

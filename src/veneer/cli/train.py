@@ -75,9 +75,9 @@ def train(
             "adapter size": size(result.adapter.num_bytes),
         }
     )
-    if run.storage == "plain":  # `veneer generate` loads the base plain
-        command = f"veneer generate {run.base} --adapter {result.folder / 'adapter'} --prompt '...'"
-        print(f"Try it: {command}", file=sys.stderr)
+    storage = "" if run.storage == "plain" else f" --storage {run.storage}"
+    command = f"veneer generate {run.base} --adapter {result.folder / 'adapter'}{storage} --prompt '...'"
+    print(f"Try it: {command}", file=sys.stderr)
 
 
 def _unchanged(result: "TrainResult") -> dict[str, str]:

@@ -112,7 +112,5 @@ tags: [lora, veneer]
 
 def _use(run: RunConfig) -> str:
     """Return how to try the adapter, on the base in the storage that it was trained on."""
-    if run.storage == "plain":
-        return f'    veneer generate {run.base} --adapter FOLDER --prompt "..."'
-    return f"""    model, tokenizer = veneer.load_base({json.dumps(run.base)}, storage="{run.storage}")
-    veneer.attach(model, veneer.load_adapter("FOLDER"))"""
+    storage = "" if run.storage == "plain" else f" --storage {run.storage}"
+    return f'    veneer generate {run.base} --adapter FOLDER{storage} --prompt "..."'
