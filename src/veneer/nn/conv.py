@@ -110,14 +110,15 @@ def _scaled(layer: LoRALayer, out: Tensor, slot: Slot, A: Tensor, B: Tensor) -> 
     axis = (-1, *(1,) * (out.ndim - 2))
     with torch.no_grad():
         # Kernels are small, and in a transposed one outputs stand behind inputs: the plain norm is the clear way.
-        updated = layer.weight + slot.scaling * FORMS[slot.form].delta(A, B).to(layer.weight.dtype)
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        updated = layer.weight.to(wide) + slot.scaling * FORMS[slot.form].delta(A.to(wide), B.to(wide))
         if slot.form == "conv_transpose":
             updated = outputs_first(updated, layer.base.groups)  # type: ignore[arg-type]
         norm_O = torch.linalg.vector_norm(updated.flatten(1), dim=1)
     ratio = magnitude_ratio(cast(Tensor, slot.magnitude), norm_O).to(out.dtype).view(axis)
     if layer.bias is None:
         return ratio * out
-    bias = layer.bias.view(axis)
+    bias = layer.bias.to(out.dtype).view(axis)
     return ratio * (out - bias) + bias
 
 

@@ -18,9 +18,9 @@ class LoRAEmbedding(LoRALayer):
 
         out[ids] = base(ids) + scale * scaling * lora_A.T[ids] @ lora_B.T
 
-    With a magnitude (DoRA) the row is multiplied by `magnitude / ‖table + delta‖`, norms over the rows. The padding
-    row's update has no gradient, as the base's row would have none. A head tied to the table keeps the table's frozen
-    values: only what the table is read for here is updated.
+    With a magnitude (DoRA) the row is multiplied by `magnitude / ‖table + delta‖`, norms over the rows. What is looked
+    up at the padding row has no part in any gradient, as in a table that trains whole. A head tied to the table keeps
+    the table's frozen values: only what the table is read for here is updated.
 
     Args:
         base: The table that was there before; called as it is.
@@ -57,15 +57,17 @@ class LoRAEmbedding(LoRALayer):
             return out_ND
         slot = self.slot(slot_index)
         A_RN, B_DR = slot.factors(out_ND.dtype)
-        rows_NR = self.drop(F.embedding(ids_N, A_RN.T, padding_idx=self.padding_idx), slot)
+        rows_NR = self.drop(F.embedding(ids_N, A_RN.T), slot)
         scale = torch.as_tensor(embedding_scale(self.base), dtype=out_ND.dtype, device=out_ND.device)
         out_ND = out_ND + (scale * slot.scaling) * (rows_NR @ B_DR.T)
-        if slot.magnitude is None:
+        if slot.magnitude is not None:
+            with torch.no_grad():
+                projected_DR = (A_RN.to(self.weight.dtype) @ self.weight).T
+                norm_D = product_norm(cast(Tensor, slot.weight_norm2), projected_DR, A_RN, B_DR, slot.scaling)
+            out_ND = out_ND * magnitude_ratio(slot.magnitude, norm_D).to(out_ND.dtype)
+        if self.padding_idx is None:
             return out_ND
-        with torch.no_grad():
-            projected_DR = (A_RN.to(self.weight.dtype) @ self.weight).T
-            norm_D = product_norm(cast(Tensor, slot.weight_norm2), projected_DR, A_RN, B_DR, slot.scaling)
-        return out_ND * magnitude_ratio(slot.magnitude, norm_D).to(out_ND.dtype)
+        return torch.where((ids_N == self.padding_idx)[:, None], out_ND.detach(), out_ND)
 
 
 def embedding_scale(table: nn.Module) -> Tensor | float:

@@ -25,7 +25,6 @@ class StackedExperts(Protocol):
     has_post_expert_norm: bool
     is_transposed: bool
     _is_expert_parallel: bool
-    down_proj: nn.Parameter
 
 
 class LoRAExperts(LoRALayer):
@@ -60,7 +59,7 @@ class LoRAExperts(LoRALayer):
 
     def _segment(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, slot_index: int | None) -> Tensor:
         base: Any = self.base
-        if slot_index is None:
+        if slot_index is None or index_TK.numel() == 0:
             return base(x_TH, index_TK, weights_TK)
         chosen = index_TK.shape[1]
         order_S = index_TK.reshape(-1).argsort(stable=True)

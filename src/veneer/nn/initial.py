@@ -58,7 +58,7 @@ def fresh_pair(
     A, B = factors.lora_A, factors.lora_B
     frozen = 0
     if factors.compensated:
-        # scaling (B A - B0 A0) is zero, bit for bit: both halves of each product are the same numbers.
+        # scaling (B A - B0 A0) is zero up to rounding: both halves of each product are the same numbers.
         A, B = cat_ranks(target.kind.form, [(A, B), (A, -B)])
         frozen = target.rank
     magnitude = _first_magnitude(module, target, A, B) if config.use_dora else None
@@ -72,14 +72,15 @@ def _factors(
     row, _ = initialisation_named(config.init)
     shape_A, shape_B = target.shapes
     if row.needs == "nothing":
-        # Each matrix of a stack is drawn like one of its own, so a stack is a matrix of all their ranks.
-        stacked = shape_A[0] if target.kind.form == "experts" else 1
-        shape = (target.out_features, target.in_features)
-        request = InitialRequest(shape, target.full_rank * stacked, target.scaling, generator)
-        drawn = initial_factors(config.init, request)
-        fits = drawn.lora_B.shape == shape_B
-        B = drawn.lora_B if fits else torch.zeros(shape_B)
-        return Factors(drawn.lora_A.reshape(shape_A), B, drawn.compensated)
+        # Each matrix of a stack, and each part, is drawn like one of its own.
+        count = shape_A[0] if target.kind.form == "experts" else max(1, len(target.parts))
+        shape, options = (target.out_features, target.in_features), dict(config.init_options)
+        request = InitialRequest(shape, target.rank, target.scaling, generator, options=options)
+        drawn = [initial_factors(config.init, request) for _ in range(count)]
+        A = torch.cat([one.lora_A for one in drawn]).reshape(shape_A)
+        # Several are only drawn where all start from zero.
+        B = drawn[0].lora_B if drawn[0].lora_B.shape == shape_B else torch.zeros(shape_B)
+        return Factors(A, B, drawn[0].compensated)
     needs_weight = row.needs == "weight"
     weight_OI = observed if row.needs == "full_weight" else _matrix(module, target) if needs_weight else None
     stored = storage_of(module)

@@ -94,6 +94,7 @@ class LoRALinear(LoRALayer):
             return dora_linear(x_NI, self.base.weight, bias, A, B, slot.scaling, ratio_O)  # type: ignore[arg-type]
         out = self.base(x_NI)
         if bias is not None:
+            bias = bias.to(out.dtype)  # under autocast the base's output is narrower
             out = out - bias
         out = ratio_O.to(out.dtype) * (out + self._delta(x_NI, slot, A, B))
         return out if bias is None else out + bias

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from veneer.nn.layer import LoRALayer
+from veneer.ops.dora import magnitude_ratio
 
 
 class LoRAParameters(LoRALayer):
@@ -42,10 +43,36 @@ class LoRAParameters(LoRALayer):
         total = torch.addmm(weight, B, A, alpha=slot.scaling)
         if slot.magnitude is None:
             return total
-        norm = torch.linalg.vector_norm(total.detach(), dim=1, keepdim=True)
-        return total * (slot.magnitude[:, None].to(total.dtype) / norm)
+        wide = torch.promote_types(total.dtype, torch.float32)
+        norm_O = torch.linalg.vector_norm(total.detach(), dim=1, dtype=wide)
+        return total * magnitude_ratio(slot.magnitude, norm_O)[:, None].to(total.dtype)
 
-    # nn.TransformerEncoderLayer and others read these of their attention; they are the base's.
+    # nn.TransformerEncoder and its layers read these of their attention; but for one, they are the base's.
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False: where it is true, torch's fused encoder layer reads the matrices itself."""
+        return False
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """The frozen input projection, without the update (nn.MultiheadAttention).
+
+        It asks for a gradient where a call would have one: torch's encoder then leaves padding in the batch.
+        """
+        weight: Tensor | None = self.base.in_proj_weight  # type: ignore[assignment]
+        trains = self.routing.all_slots() != (None,) and any(one.requires_grad for one in self.slots.parameters())
+        return None if weight is None else weight.detach().requires_grad_(trains)
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The bias of the input projection (nn.MultiheadAttention)."""
+        return self.base.in_proj_bias  # type: ignore[return-value]
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The frozen output projection, without the update (nn.MultiheadAttention)."""
+        return self.base.out_proj  # type: ignore[return-value]
+
     @property
     def batch_first(self) -> bool:
         """Whether the batch is the first axis (nn.MultiheadAttention)."""

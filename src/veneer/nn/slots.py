@@ -1,6 +1,7 @@
 """A slot: the trainable factors of one adapter in one layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,14 @@ class Slot(nn.Module):
         self.register_buffer("weight_norm2", None, persistent=False)
         self.form, self.scaling, self.dropout, self.parts = pair.form, pair.scaling, dropout, parts
         self.out_features = pair.sizes[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a move or a cast; the norms a move only, for in 16 bits their squares overflow."""
+        norm2 = self.weight_norm2
+        super()._apply(fn, recurse)
+        if norm2 is not None:
+            self.weight_norm2 = norm2.to(self.lora_A.device)
+        return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what trains by its name in `LowRank.tensors`."""

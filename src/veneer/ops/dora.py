@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
+from veneer.ops.lora import autocasting
 
 
 def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -28,7 +29,8 @@ def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_O
         scaling: Factor of the update.
 
     Returns:
-        Tensor (O,), at least float32.
+        Tensor (O,), at least float32. Where the update nearly cancels the weight, the relative error grows by
+        ‖W‖² / ‖W + s B A‖².
 
     Cost:
         2·R²·(I + O) operations beside W Aᵀ; nothing of size O·I.
@@ -133,8 +135,10 @@ def dora_linear(
     Source:
         Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
     """
-    ratio = ratio_O.to(x_NI.dtype)
-    if torch.is_autocast_enabled(x_NI.device.type):
-        return reference.dora_linear(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio)
-    out_NO = _DoRALinear.apply(x_NI, W_OI, A_RI, B_OR, scaling, ratio)[0]
+    if autocasting(x_NI):
+        # In the dtype that autocast gives a linear layer's output.
+        out_NO = reference.lora_linear(x_NI, W_OI, None, A_RI, B_OR, scaling)
+        out_NO = ratio_O.to(out_NO.dtype) * out_NO
+        return out_NO if bias_O is None else out_NO + bias_O.to(out_NO.dtype)
+    out_NO = _DoRALinear.apply(x_NI, W_OI, A_RI, B_OR, scaling, ratio_O.to(x_NI.dtype))[0]
     return out_NO if bias_O is None else out_NO + bias_O

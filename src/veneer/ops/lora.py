@@ -13,6 +13,17 @@ from torch.autograd.function import once_differentiable
 from veneer.ops import reference
 
 
+def autocasting(x: Tensor) -> bool:
+    """Tell whether autocast acts on a tensor's device; asking a device without autocast, such as meta, is an error.
+
+    Example:
+        >>> autocasting(torch.ones(1)), autocasting(torch.ones(1, device="meta"))
+        (False, False)
+    """
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves the input and nothing else of size N; see `lora_linear`."""
 
@@ -74,7 +85,7 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1; the backward by hand after the idea of unsloth's `fast_lora.py`.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         # Autocast casts each product by itself, which a function written by hand would have to imitate.
         return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, scaling)
     y_NO = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)

@@ -44,7 +44,9 @@ def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
     if isinstance(head, LoRALayer) and routed_segments(model, batch) is not None:
-        raise BaseModelError("an adapted head gets the supervised rows alone, so rows cannot be routed by sequence there")
+        raise BaseModelError(
+            "an adapted head gets the supervised rows alone, so rows cannot be routed by sequence there"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     return _through_any_head(head, hidden, targets, chunk_rows(vocabulary, hidden.element_size()))
 

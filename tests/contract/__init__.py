@@ -1,0 +1,1 @@
+"""The contract that every layer of Veneer keeps: one suite over kinds, variants, storages and dtypes."""
