@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format bench lock clean
+.PHONY: demo test check format bench grid lock clean
 
 demo: .venv/ready  ## teach a small model a real task and measure it: about ten minutes on two cores
 	$(BIN)/veneer demo
@@ -24,6 +24,10 @@ format: .venv/ready
 
 bench: .venv/ready  ## the tables of benchmarks/README.md; leave the machine alone meanwhile
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/layers.py
+
+grid: .venv/ready  ## write docs/grid.md anew: what each kind of layer can take
+	$(BIN)/python -m tests.contract.grid > docs/grid.md
 
 lock:  ## write requirements.lock anew from pyproject.toml
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

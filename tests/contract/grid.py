@@ -65,14 +65,8 @@ LOFTQ = ("init=loftq", "linear")
 UNQUANTISED = "LoftQ repairs a quantised weight, and this one is not quantised"
 NOT_LINEAR = "`quantise_model` quantises `nn.Linear` only and leaves this layer as it is"
 
-_ARGUMENTS = (
-    "where nothing asks for a gradient yet, torch.compile calls an autograd function whose `forward` takes `*args` "
-    "(`storage/panels.py`) with one argument too many"
-)
 BREAKS: Mapping[str, str] = {
     "experts": "how many tokens each expert has is data, by which the tokens are split",
-    "int8": _ARGUMENTS,
-    "nf4": _ARGUMENTS,
 }
 """Kinds and storages that torch.compile cannot take in one graph, and why: it goes on behind a graph break."""
 

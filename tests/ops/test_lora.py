@@ -56,3 +56,16 @@ def test_only_the_input_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora.lora_linear(x, W, bias, A, B, 0.5)
     assert [t.data_ptr() for t in saved if t.shape[0] == 64] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_update_is_added_to_any_output_with_the_gradients_of_the_plain_sum(dtype):
+    shapes = ((5, 4), (5, 3), (2, 3), (4, 2))
+    generator = torch.Generator().manual_seed(0)
+    y, x, A, B = (torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes)
+    weights = torch.randn(5, 4, generator=generator, dtype=dtype)
+    ours = torch.autograd.grad((lora.add_lora(y, x, A, B, 0.7) * weights).sum(), (y, x, A, B))
+    theirs = torch.autograd.grad(((y + reference.lora_delta(x, A, B, 0.7)) * weights).sum(), (y, x, A, B))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert lora.add_lora(y.half(), x, A, B, 0.7).dtype == torch.promote_types(torch.half, dtype)

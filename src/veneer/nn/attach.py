@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
-from veneer.errors import AdapterError, AttachError
+from veneer.errors import AdapterError, AttachError, ConfigError
 from veneer.names import did_you_mean
 from veneer.nn.fingerprint import fingerprint
 from veneer.nn.fitting import fitted, targets_of
@@ -135,6 +135,9 @@ def attach(
         targets = find_targets(model, config, skip=output_heads(model))
         trained = trained_parameters(model, [target.owner for target in targets], config, None)
         seen = observed or {}
+        known = [target.path for target in targets]
+        if strange := [f"{path}: no adapted layer{did_you_mean(path, known)}" for path in seen if path not in known]:
+            raise ConfigError("observed names layers that are not adapted (nothing was touched)", strange)
         pairs = {
             target.path: fresh_pair(model.get_submodule(target.owner), target, config, seed, seen.get(target.path))
             for target in targets

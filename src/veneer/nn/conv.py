@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.factors import FORMS
-from veneer.nn.layer import LoRALayer
+from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
 from veneer.ops.dora import magnitude_ratio
 
 _CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_OWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLVE_TRANSPOSED: Mapping[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
     2: F.conv_transpose2d,
@@ -64,7 +65,7 @@ class LoRAConv(LoRALayer):
         convolve = _CONVOLVE[x.ndim - 2]
         groups = 1 if slot.form == "conv_across" else base.groups
         down = convolve(x, A, None, base.stride, padding, base.dilation, groups)
-        out = out + slot.scaling * convolve(down, B, groups=base.groups)
+        out = _added(out, convolve(down, slot.scaling * B, groups=base.groups), base)
         return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
 
 
@@ -101,8 +102,14 @@ class LoRAConvTranspose(LoRALayer):
         down = _CONVOLVE_TRANSPOSED[x.ndim - 2](
             self.drop(x, slot), kernel, None, base.stride, base.padding, extra, base.groups, base.dilation
         )
-        out = out + slot.scaling * _CONVOLVE[x.ndim - 2](down, B, groups=base.groups)
+        out = _added(out, _CONVOLVE[x.ndim - 2](down, slot.scaling * B, groups=base.groups), base)
         return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+
+
+def _added(out: Tensor, update: Tensor, base: nn.Module) -> Tensor:
+    """Return the sum, in the place of the base's output where nobody else can have a hold of that."""
+    ours = type(base) in _OWN and not has_hooks(base) and out.dtype == update.dtype
+    return out.add_(update) if ours else out + update
 
 
 def _scaled(layer: LoRALayer, out: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer
 from veneer.ops.dora import magnitude_ratio, product_norm
+from veneer.ops.lora import autocasting
 
 
 class LoRAEmbedding(LoRALayer):
@@ -58,8 +59,14 @@ class LoRAEmbedding(LoRALayer):
         slot = self.slot(slot_index)
         A_RN, B_DR = slot.factors(out_ND.dtype)
         rows_NR = self.drop(F.embedding(ids_N, A_RN.T), slot)
-        scale = torch.as_tensor(embedding_scale(self.base), dtype=out_ND.dtype, device=out_ND.device)
-        out_ND = out_ND + (scale * slot.scaling) * (rows_NR @ B_DR.T)
+        scale = embedding_scale(self.base)
+        if isinstance(scale, Tensor):
+            rows_NR = rows_NR * scale.to(rows_NR)
+        alpha = slot.scaling if isinstance(scale, Tensor) else slot.scaling * scale
+        if autocasting(out_ND):  # it would take the sum to 16 bits too, and a table's output stays as wide as it is
+            out_ND = out_ND + alpha * (rows_NR @ B_DR.T)
+        else:
+            out_ND = torch.addmm(out_ND, rows_NR, B_DR.T, alpha=alpha)
         if slot.magnitude is not None:
             with torch.no_grad():
                 projected_DR = (A_RN.to(self.weight.dtype) @ self.weight).T

@@ -12,6 +12,21 @@ from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether somebody watches or changes the calls of a module: then its output is not ours to write into.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> has_hooks(layer)
+        False
+        >>> _ = layer.register_forward_hook(lambda *_: None)
+        >>> has_hooks(layer)
+        True
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 class LoRALayer(nn.Module):
     """A frozen layer with a bank of low-rank updates.
 

@@ -5,10 +5,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.nn.layer import LoRALayer
+from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
 from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm
-from veneer.ops.lora import lora_linear
+from veneer.ops.lora import add_lora, lora_linear
 from veneer.ops.reference import lora_delta
 
 
@@ -23,8 +23,20 @@ def is_plain_linear(module: nn.Module) -> bool:
         >>> is_plain_linear(layer)
         False
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
+    return type(module) is nn.Linear and not has_hooks(module)
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """Return the (out, in) weight of a layer that is `F.linear` with it and nothing else, or None where it is more.
+
+    Example:
+        >>> plain_weight(nn.Linear(2, 3)).shape
+        torch.Size([3, 2])
+    """
+    if is_plain_linear(module):
+        return module.get_parameter("weight")
+    known = f"{type(module).__module__}.{type(module).__qualname__}" == "transformers.pytorch_utils.Conv1D"
+    return module.get_parameter("weight").T if known and not has_hooks(module) else None
 
 
 class LoRALinear(LoRALayer):
@@ -79,9 +91,12 @@ class LoRALinear(LoRALayer):
         A, B = slot.factors(x_NI.dtype)
         if slot.magnitude is not None:
             return self._with_magnitude(x_NI, slot, A, B)
-        if not self.dropping(slot) and is_plain_linear(self.base):
-            return lora_linear(x_NI, self.base.weight, self.base.bias, A, B, slot.scaling)  # type: ignore[arg-type]
-        return self.base(x_NI) + self._delta(x_NI, slot, A, B)
+        if self.dropping(slot):
+            return self.base(x_NI) + self._delta(x_NI, slot, A, B)
+        W_OI = plain_weight(self.base)
+        if W_OI is not None:
+            return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
+        return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias = self.bias
@@ -90,8 +105,9 @@ class LoRALinear(LoRALayer):
             projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
             norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
         ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
-        if not self.dropping(slot) and is_plain_linear(self.base):
-            return dora_linear(x_NI, self.base.weight, bias, A, B, slot.scaling, ratio_O)  # type: ignore[arg-type]
+        W_OI = plain_weight(self.base)
+        if W_OI is not None and not self.dropping(slot):
+            return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
         out = self.base(x_NI)
         if bias is not None:
             bias = bias.to(out.dtype)  # under autocast the base's output is narrower

@@ -75,15 +75,21 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_NI: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor
+        x_NI: Tensor,
+        W_OI: Tensor,
+        bias_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scaling: float,
+        ratio_O: Tensor,
     ) -> tuple[Tensor, Tensor]:
         u_NO = F.linear(x_NI, W_OI)
         u_NO.addmm_(x_NI @ A_RI.T, B_OR.T, alpha=scaling)
-        return u_NO * ratio_O, u_NO
+        return u_NO * ratio_O if bias_O is None else torch.addcmul(bias_O, u_NO, ratio_O), u_NO
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x_NI, W_OI, A_RI, B_OR, scaling, ratio_O = inputs
+        x_NI, W_OI, _, A_RI, B_OR, scaling, ratio_O = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, output[1])
         ctx.scaling = scaling
@@ -92,15 +98,16 @@ class _DoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, W_OI, A_RI, B_OR, ratio_O, u_NO = ctx.saved_tensors
-        needs_x, needs_W, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
+        needs_x, needs_W, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
         dratio_O = torch.linalg.vecdot(dy_NO, u_NO, dim=0) if needs_ratio else None
+        dbias_O = dy_NO.sum(0) if needs_bias else None
         du_NO = dy_NO * ratio_O
         dz_NR = (du_NO @ B_OR).mul_(ctx.scaling) if needs_x or needs_A else None
         dx_NI = (du_NO @ W_OI).addmm_(dz_NR, A_RI) if needs_x else None
         dA_RI = dz_NR.T @ x_NI if needs_A and dz_NR is not None else None
         dB_OR = (du_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling) if needs_B else None
         dW_OI = du_NO.T @ x_NI if needs_W else None
-        return dx_NI, dW_OI, dA_RI, dB_OR, None, dratio_O
+        return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None, dratio_O
 
 
 def dora_linear(
@@ -140,5 +147,4 @@ def dora_linear(
         out_NO = reference.lora_linear(x_NI, W_OI, None, A_RI, B_OR, scaling)
         out_NO = ratio_O.to(out_NO.dtype) * out_NO
         return out_NO if bias_O is None else out_NO + bias_O.to(out_NO.dtype)
-    out_NO = _DoRALinear.apply(x_NI, W_OI, A_RI, B_OR, scaling, ratio_O.to(x_NI.dtype))[0]
-    return out_NO if bias_O is None else out_NO + bias_O
+    return _DoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O.to(x_NI.dtype))[0]

@@ -2,7 +2,7 @@
 
 Veneer's base stays untouched. Where a method would take its first product out of the base's weight (PiSSA, OLoRA,
 LoRA-GA), its factors are marked `compensated`: the update is then `scaling · (B A - B0 A0)`, and the first output is
-the base's, bit for bit. LoftQ alone changes the first output, on purpose: it repairs a quantised weight.
+the base's up to rounding. LoftQ alone changes the first output, on purpose: it repairs a quantised weight.
 
     name        needs        compensated  first update
     kaiming     nothing      no           zero

@@ -22,7 +22,7 @@ class Factors:
         lora_A: Down projection (R, I).
         lora_B: Up projection (O, R).
         compensated: The update must be counted from here: `scaling · (B A - B0 A0)`, so that the first output is the
-            base's, bit for bit, and the base's weight stays as it is. Where false, `scaling · B A` is the update.
+            base's up to rounding, and the base's weight stays as it is. Where false, `scaling · B A` is the update.
     """
 
     lora_A: Tensor

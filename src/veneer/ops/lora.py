@@ -90,3 +90,25 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
         return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, scaling)
     y_NO = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
+
+
+def add_lora(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Add a low-rank update to the output of any linear layer.
+
+    Equals, and is tested against, `y + ops.reference.lora_delta(x, A, B, scaling)`, without two tensors of its size.
+
+    Args:
+        y_NO: What the layer made of `x`.
+        x_NI: Its input.
+        A_RI: Down projection, dtype of `x`.
+        B_OR: Up projection, dtype of `x`.
+        scaling: Factor of the update.
+
+    Example:
+        >>> x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1)
+        >>> add_lora(torch.zeros(2, 4), x, A, B, 0.5)[0].tolist()
+        [1.5, 1.5, 1.5, 1.5]
+    """
+    if y_NO.dtype != x_NI.dtype:  # a layer that answers in another dtype, or autocast
+        return y_NO + reference.lora_delta(x_NI, A_RI, B_OR, scaling)
+    return torch.addmm(y_NO, x_NI @ A_RI.T, B_OR.T, alpha=scaling)

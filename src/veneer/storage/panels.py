@@ -45,7 +45,9 @@ class _PanelLinear(torch.autograd.Function):
     """Saves references to the stored tensors, and nothing of size N; see `panel_linear`."""
 
     @staticmethod
-    def forward(x_NI: Tensor, bias_O: Tensor | None, decode: Decode, out_features: int, *stored: Tensor) -> Tensor:
+    def forward(
+        x_NI: Tensor, bias_O: Tensor | None, decode: Decode, out_features: int, stored: tuple[Tensor, ...]
+    ) -> Tensor:
         in_features = x_NI.shape[1]
         scratch, rows = _scratch(out_features, in_features, x_NI.device)
         y_NO = x_NI.new_empty(x_NI.shape[0], out_features)
@@ -59,7 +61,7 @@ class _PanelLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
-        x_NI, _, ctx.decode, ctx.out_features, *stored = inputs
+        x_NI, _, ctx.decode, ctx.out_features, stored = inputs
         ctx.in_features = x_NI.shape[1]
         ctx.save_for_backward(*stored)
 
@@ -69,7 +71,7 @@ class _PanelLinear(torch.autograd.Function):
         stored = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[:2]
         dx_NI = _input_gradient(dy_NO, ctx.decode, ctx.in_features, stored) if needs_x else None
-        return dx_NI, dy_NO.sum(0) if needs_bias else None, None, None, *[None for _ in stored]
+        return dx_NI, dy_NO.sum(0) if needs_bias else None, None, None, None
 
 
 def _input_gradient(dy_NO: Tensor, decode: Decode, in_features: int, stored: tuple[Tensor, ...]) -> Tensor:
@@ -131,5 +133,5 @@ def panel_linear(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     bias_O = None if bias_O is None else bias_O.to(x.dtype)
-    y_NO = _PanelLinear.apply(x.reshape(-1, x.shape[-1]), bias_O, decode, out_features, *stored)
+    y_NO = _PanelLinear.apply(x.reshape(-1, x.shape[-1]), bias_O, decode, out_features, stored)
     return y_NO.view(*x.shape[:-1], out_features)
