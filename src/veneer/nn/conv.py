@@ -51,22 +51,28 @@ class LoRAConv(LoRALayer):
         return out if x.ndim == self.weight.ndim else out[0]
 
     def _segment(self, x: Tensor, slot_index: int | None) -> Tensor:
-        out = self.base(x)
+        base: Any = self.base
         if slot_index is None:
-            return out
+            return base(x)
         slot = self.slot(slot_index)
         A, B = slot.factors(x.dtype)
+        if base.groups > 1 and slot.form == "conv" and _is_own(base) and not self.dropping(slot):
+            # Small grouped kernels are slow, and the sum of weights costs nothing beside them.
+            updated = base.weight + slot.scaling * FORMS["conv"].delta(A, B).to(base.weight.dtype)
+            out = base._conv_forward(x, updated, base.bias)
+        else:
+            out = _added(base(x), self._branch(self.drop(x, slot), slot, A, slot.scaling * B), base)
+        return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+
+    def _branch(self, x: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         base: Any = self.base
-        x = self.drop(x, slot)
         padding = base.padding
         if base.padding_mode != "zeros":
             # As torch's own convolutions do it: pad first, by the amounts that they keep for it.
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         convolve = _CONVOLVE[x.ndim - 2]
         groups = 1 if slot.form == "conv_across" else base.groups
-        down = convolve(x, A, None, base.stride, padding, base.dilation, groups)
-        out = _added(out, convolve(down, slot.scaling * B, groups=base.groups), base)
-        return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+        return convolve(convolve(x, A, None, base.stride, padding, base.dilation, groups), B, groups=base.groups)
 
 
 class LoRAConvTranspose(LoRALayer):
@@ -108,8 +114,12 @@ class LoRAConvTranspose(LoRALayer):
 
 def _added(out: Tensor, update: Tensor, base: nn.Module) -> Tensor:
     """Return the sum, in the place of the base's output where nobody else can have a hold of that."""
-    ours = type(base) in _OWN and not has_hooks(base) and out.dtype == update.dtype
-    return out.add_(update) if ours else out + update
+    return out.add_(update) if _is_own(base) and out.dtype == update.dtype else out + update
+
+
+def _is_own(base: nn.Module) -> bool:
+    """Tell whether a layer is torch's own convolution and nobody watches it."""
+    return type(base) in _OWN and not has_hooks(base)
 
 
 def _scaled(layer: LoRALayer, out: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
