@@ -358,3 +358,16 @@ def test_an_adapter_for_a_layer_that_is_never_called_is_refused():
     pair = LowRank(torch.ones(1, 4), torch.ones(8, 1), 1.0)
     with pytest.raises(AdapterError, match=r"0\.linear1 is read by the fused kernel"):
         attach(encoder, Adapter({"0.linear1": pair}, LoRAConfig(rank=1)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused_by_name(value):
+    model = Net()
+    attach(model, LoRAConfig(rank=2))
+    adapter = detach(model)
+    pair = adapter.modules["first"]
+    bad = LowRank(pair.lora_A, torch.full_like(pair.lora_B, value), pair.scaling)
+    modules = dict(model.named_modules())
+    with pytest.raises(AdapterError, match=r"first\.lora_B: \d+ of \d+ values are not finite"):
+        attach(model, Adapter({**adapter.modules, "first": bad}, adapter.config))
+    assert dict(model.named_modules()) == modules

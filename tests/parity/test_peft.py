@@ -38,6 +38,10 @@ SETTINGS = {
             "use_rslora": True,
         },
     ),
+    "dora": (
+        {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    ),
     "some layers and a whole module": (
         {"rank": 2, "target_modules": ["v_proj"], "layers_to_transform": [0, 29], "modules_to_save": ["norm"]},
         {

@@ -1,8 +1,10 @@
 """Where an adapter's modules belong in a model, and whether they fit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from veneer.adapter import Adapter, LowRank
@@ -45,10 +47,32 @@ def targets_of(model: nn.Module, adapter: Adapter) -> list[Target]:
     if not problems:
         targets = [_target(modules, path, *places[path], adapter) for path in adapter.modules]
         problems = [line for one in targets for line in _misfits(one, adapter.modules[one.path], modules[one.owner])]
-    if problems:
+    if problems := problems or nonfinite(adapter):
         raise AdapterError("the adapter does not fit the model (nothing was touched)", problems)
     order = {path: place for place, path in enumerate(modules)}
     return sorted(targets, key=lambda one: order[one.owner])
+
+
+def nonfinite(adapter: Adapter) -> list[str]:
+    """Return a line for each tensor, or scaling, of an adapter that holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from veneer.config import LoRAConfig
+        >>> pair = LowRank(torch.ones(1, 2), torch.full((1, 1), torch.nan), 1.0)
+        >>> nonfinite(Adapter({"q": pair}, LoRAConfig(rank=1)))
+        ['q.lora_B: 1 of 1 values are not finite']
+    """
+    problems = [
+        f"{name}: {(~torch.isfinite(tensor)).sum().item():,} of {tensor.numel():,} values are not finite"
+        for name, tensor in adapter.tensors().items()
+        if not bool(torch.isfinite(tensor).all())
+    ]
+    return problems + [
+        f"{path}: its scaling is {pair.scaling}"
+        for path, pair in adapter.modules.items()
+        if not math.isfinite(pair.scaling)
+    ]
 
 
 def fitted(pair: LowRank, target: Target, module: nn.Module) -> LowRank:

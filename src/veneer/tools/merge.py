@@ -1,6 +1,5 @@
 """An adapter merged into its base, proved by a probe, and taken out again bit for bit."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -132,7 +131,6 @@ def merge(
     before = fingerprint(model)
     if not any_base:
         check_base(model, adapter, before)
-    _check_finite(adapter)
     _check_mergeable(adapter)
     check_choice(quantised, layers, targets, full_weights)
     written = [weight_path(target) for target in targets if target.owner not in layers]
@@ -220,21 +218,6 @@ def _check_words(tied: str, quantised: str) -> None:
     for name, value, known in (("tied", tied, get_args(Tied)), ("quantised", quantised, get_args(Quantised))):
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _check_finite(adapter: Adapter) -> None:
-    problems = [
-        f"{name}: {(~torch.isfinite(tensor)).sum().item():,} of {tensor.numel():,} values are not finite"
-        for name, tensor in adapter.tensors().items()
-        if not bool(torch.isfinite(tensor).all())
-    ]
-    problems += [
-        f"{path}: its scaling is {pair.scaling}"
-        for path, pair in adapter.modules.items()
-        if not math.isfinite(pair.scaling)
-    ]
-    if problems:
-        raise AdapterError("the adapter is not finite (nothing was touched)", problems)
 
 
 def _check_mergeable(adapter: Adapter) -> None:
