@@ -31,9 +31,10 @@ class LoRAConv(LoRALayer):
 
         out = base(x) + scaling * conv1x1(conv(x, lora_A), lora_B)
 
-    which equals `conv(x, W + delta)` with delta the grouped product of the factors, (O, I/g, k…): each group has its
-    own ranks, R/g of them. (Ranks of PEFT's that look across groups are computed, and have no such delta.) With a
-    magnitude (DoRA) each output channel is scaled by `magnitude / ‖W + delta‖`.
+    which equals `conv(x, W + delta)`, and is computed so where that is quicker, with delta the grouped product of the
+    factors, (O, I/g, k…): each group has its own ranks, R/g of them. (Ranks of PEFT's that look across groups are
+    computed, and have no such delta.) With a magnitude (DoRA) each output channel is scaled by
+    `magnitude / ‖W + delta‖`.
 
     Args:
         base: The convolution that was there before; called as it is.
@@ -56,8 +57,7 @@ class LoRAConv(LoRALayer):
             return base(x)
         slot = self.slot(slot_index)
         A, B = slot.factors(x.dtype)
-        if base.groups > 1 and slot.form == "conv" and _is_own(base) and not self.dropping(slot):
-            # Small grouped kernels are slow, and the sum of weights costs nothing beside them.
+        if slot.form == "conv" and _is_own(base) and not self.dropping(slot) and _sums_kernels(base, A, B):
             updated = base.weight + slot.scaling * FORMS["conv"].delta(A, B).to(base.weight.dtype)
             out = base._conv_forward(x, updated, base.bias)
         else:
@@ -110,6 +110,16 @@ class LoRAConvTranspose(LoRALayer):
         )
         out = _added(out, _CONVOLVE[x.ndim - 2](down, slot.scaling * B, groups=base.groups), base)
         return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+
+
+def _sums_kernels(base: nn.Conv1d | nn.Conv2d | nn.Conv3d, A: Tensor, B: Tensor) -> bool:
+    """Tell whether one convolution with the summed kernel is quicker than three with the factors apart.
+
+    The sum costs the gradient of a whole kernel, I·k·O operations a position; the factors 3·R·(I·k + O). Grouped
+    kernels of a few ranks are slow whatever their number of operations (docs/log.md).
+    """
+    inputs, outputs, rank = A[0].numel(), B.shape[0], A.shape[0]
+    return base.groups > 1 or inputs * outputs <= 3 * rank * (inputs + outputs)
 
 
 def _added(out: Tensor, update: Tensor, base: nn.Module) -> Tensor:
