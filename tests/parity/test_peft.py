@@ -164,3 +164,16 @@ def test_a_head_adapted_by_peft_loads_with_the_base_weight_beside_it(targets, mo
         model.model.embed_tokens.weight[0, 0] += 1
     with pytest.raises(veneer.VeneerError, match="the adapter's file carries other values"):
         veneer.attach(model, adapter)
+
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "adapters" / "smollm2-random-r4"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real adapters of ../shared/data are not here")
+def test_an_adapter_made_by_others_gives_pefts_logits(model):
+    theirs = logits(peft.PeftModel.from_pretrained(model, REAL).eval())
+    model, _ = veneer.load_base("smollm2")
+    before = logits(model)
+    veneer.attach(model, veneer.load_adapter(REAL))
+    assert difference(logits(model), theirs) <= 1e-5
+    assert difference(before, theirs) > 1e-4
