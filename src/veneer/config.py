@@ -160,7 +160,7 @@ class LoRAConfig(Settings):
     def _rows_to_tuples(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: tuple(ids) if isinstance(ids, (list, set)) else ids for key, ids in value.items()}
+        return {key: tuple(ids) if isinstance(ids, (list, set, range)) else ids for key, ids in value.items()}
 
     @field_validator("token_rows")
     @classmethod
@@ -201,6 +201,10 @@ class LoRAConfig(Settings):
             raise ValueError("layers_to_transform acts only with a list of target_modules")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts; set that too")
+        if self.invocation_tokens and self.token_rows:
+            raise ValueError(
+                "invocation_tokens and token_rows exclude each other: rows act wherever their token stands"
+            )
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
         return self

@@ -135,6 +135,19 @@ def compute_delta(form: str, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return scaling * FORMS[form].delta(A.double(), B.double())
 
 
+def as_matrices(form: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors as stacks of matrices, (M, R, I) and (M, O, R), whose products hold all values of the delta.
+
+    Example:
+        >>> [one.shape for one in as_matrices("conv", torch.zeros(4, 3, 3, 3), torch.zeros(8, 2, 1, 1))]
+        [torch.Size([2, 2, 27]), torch.Size([2, 4, 2])]
+    """
+    if form.startswith("experts"):
+        return A, B
+    groups = conv_groups(A, B) if form.startswith("conv") else 1
+    return A.flatten(1).unflatten(0, (groups, -1)), B.flatten(1).unflatten(0, (groups, -1))
+
+
 def row_axes(form: str, ndim: int) -> tuple[int, ...]:
     """Return the axes of a delta that run over the inputs: a magnitude (DoRA) is a norm over them.
 

@@ -8,8 +8,8 @@ from veneer.base.activation import activation_start, generation_segments, ragged
 from veneer.base.generate import generate_ids
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
 from veneer.config import LoRAConfig, SamplingConfig
-from veneer.errors import BaseModelError
-from veneer.nn.attach import attach, attachment_of, detach
+from veneer.errors import AttachError, BaseModelError
+from veneer.nn.attach import attach, attachment_of, detach, disabled
 from veneer.scoring.loss import summed_loss
 
 INVOCATION = (40, 41)
@@ -96,3 +96,26 @@ def test_peft_means_the_same_both_ways(tiny, tmp_path):
 
 def peft_config(wrapped):
     return wrapped.peft_config["default"]
+
+
+def test_a_plain_call_is_refused_and_the_base_alone_is_not(tiny):
+    """It would act everywhere: silently another adapter than the one that is saved."""
+    model = tiny()
+    base = model(input_ids=torch.tensor([WITH])).logits
+    attach(model, CONFIG)
+    with pytest.raises(AttachError, match="acts from its invocation_tokens on"):
+        model(input_ids=torch.tensor([WITH]))
+    with disabled(model):
+        assert torch.equal(model(input_ids=torch.tensor([WITH])).logits, base)
+
+
+def test_a_trained_one_is_evaluated(tiny, tokenizer, tmp_path):
+    model = tiny()
+    attach(model, CONFIG)
+    filled(model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "abc", "completion": "def"}\n')
+    got = veneer.evaluate(model, tokenizer, str(rows))
+    with disabled(model):
+        silent = veneer.evaluate(model, tokenizer, str(rows))
+    assert got.loss == pytest.approx(silent.loss, rel=1e-6)  # no invocation in the row

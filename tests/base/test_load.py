@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+import veneer
 from veneer.base import load as load_module
 from veneer.base.catalog import EMBEDDED
 from veneer.base.gguf import cache_folder, converted_gguf
@@ -208,3 +209,11 @@ def test_a_checkpoint_that_is_not_whole_is_refused(change, tiny_base, tmp_path):
         file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(BaseModelError, match=r"up_proj|cannot be loaded"):
         load_base(str(folder))
+
+
+def test_a_base_under_an_adapter_is_not_quantised(tiny):
+    model = tiny()
+    veneer.attach(model, veneer.LoRAConfig(rank=2, target_modules=["q_proj"]))
+    with pytest.raises(veneer.VeneerError, match="detach"):
+        quantise_base(model, "nf4")
+    assert any(parameter.requires_grad for parameter in model.parameters())

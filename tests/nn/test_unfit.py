@@ -83,3 +83,44 @@ def test_unknown_starts_and_things_seen_of_other_layers_are_refused():
         attach(Half(), LoRAConfig(rank=2, target_modules=["called"], init="pisa"))
     with pytest.raises(ConfigError, match="caled: no adapted layer; nearest: 'called'"):
         attach(Half(), LoRAConfig(rank=2, target_modules=["called"]), observed={"caled": torch.ones(2, 4)})
+
+
+class TwoTables(nn.Module):
+    """An encoder and a decoder that look the same rows up, as T5 and BART do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.encoder = nn.Embedding(8, 4), nn.Embedding(8, 4)
+        self.encoder.weight = self.shared.weight
+
+    def forward(self, ids):
+        return self.shared(ids) + self.encoder(ids)
+
+
+class Shifted(nn.Embedding):
+    """Reads other rows than it is asked for, as OPT's positions do."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": ["shared"]}, {"token_rows": {"shared": [1]}}])
+def test_a_table_that_another_one_reads_too_is_refused(changes):
+    model = nn.Sequential(TwoTables(), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"0\.shared: its rows are also those of 0\.encoder"):
+        attach(model, LoRAConfig(**{"rank": 1, "target_modules": ["1"], **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": ["0"]}, {"token_rows": {"0": [1]}}])
+def test_a_table_with_a_forward_of_its_own_is_refused(changes):
+    model = nn.Sequential(Shifted(8, 4), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match="0 is a Shifted, whose own forward"):
+        attach(model, LoRAConfig(**{"rank": 1, "target_modules": ["1"], **changes}))
+
+
+def test_what_could_not_be_saved_is_noted():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 2))
+    assert "save_adapter refuses it" in plan(model, LoRAConfig(rank=1, target_modules=["0"])).notes[0]
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    assert plan(model, LoRAConfig(rank=1, target_modules=["0"])).notes == ()
+    assert len(plan(model, LoRAConfig(rank=1, target_modules=["0"], use_dora=True)).notes) == 2

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.adapter import Adapter, AdapterMetadata, LowRank
+from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.tools.summarize import delta_norm, summarize
 
@@ -44,3 +44,25 @@ def test_modules_alike_are_counted_together():
     assert found.norm == pytest.approx(torch.linalg.norm(deltas).item())
     assert found.trained == (("head.bias", (3,)),)
     assert json.loads(json.dumps(found.to_json()))["digest"] == adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("form", "shapes"),
+    [
+        ("embedding", ((2, 9), (4, 2))),
+        ("conv", ((4, 3, 3, 3), (6, 2, 1, 1))),
+        ("conv_across", ((4, 6, 3), (6, 2, 1))),
+        ("conv_transpose", ((2, 3, 3), (4, 2, 1))),
+        ("experts", ((3, 2, 5), (3, 4, 2))),
+    ],
+)
+def test_norms_and_sizes_of_every_form(form, shapes):
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(shape, generator=generator) for shape in shapes)
+    pair = LowRank(A, B, 0.5, form)
+    assert delta_norm(pair) == pytest.approx(pair.delta().norm().item(), rel=1e-9)
+    tokens = {"embed": TokenRows((3, 5), torch.ones(2, 4))}
+    summary = summarize(Adapter({"m": pair}, LoRAConfig(rank=2), tokens=tokens))
+    assert (summary.targets[0].shape, summary.targets[0].form) == (pair.sizes, form)
+    assert summary.trained == (("embed (rows of 2 tokens)", (2, 4)),)
+    assert summary.num_parameters == summary.targets[0].num_parameters + 8

@@ -20,6 +20,7 @@ from veneer.base.quiet import quiet_transformers
 from veneer.base.source import Source, find_source
 from veneer.errors import BaseModelError, ConfigError
 from veneer.names import did_you_mean
+from veneer.nn.attach import require_bare
 from veneer.nn.heads import output_heads
 from veneer.storage.quantise import QUANTISERS, quantise_model
 
@@ -142,6 +143,7 @@ def quantise_base(model: PreTrainedModel, storage: str) -> None:
         storage: `"int8"` or `"nf4"`; for `"plain"` nothing is done.
 
     Raises:
+        AttachError: If an adapter is attached: quantise first.
         BaseModelError: If there is no layer to quantise (GPT-2's are of a type of its own), or weights are not finite.
 
     Example:
@@ -149,6 +151,7 @@ def quantise_base(model: PreTrainedModel, storage: str) -> None:
     """
     if storage == PLAIN:
         return
+    require_bare(model)
     heads = output_heads(model)
     precious = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     skip = [

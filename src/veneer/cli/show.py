@@ -37,6 +37,7 @@ def show(
     rows = [
         {
             "target": target.name,
+            "form": target.form + (" dora" if target.has_magnitude else ""),
             "layers": target.count,
             "out × in": f"{target.shape[0]} × {target.shape[1]}",
             "rank": target.rank,
@@ -48,7 +49,7 @@ def show(
         for target in summary.targets
     ]
     if rows:
-        print_table("", rows, right=[name for name in rows[0] if name != "target"])
+        print_table("", rows, right=[name for name in rows[0] if name not in ("target", "form")])
     whole = [{"trained whole": path, "shape": " × ".join(map(str, shape))} for path, shape in summary.trained]
     if whole:
         print_table("", whole)

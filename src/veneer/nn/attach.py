@@ -31,6 +31,10 @@ from veneer.ops.dora import weight_norm2
 from veneer.ops.sample import sample_digest
 
 _ATTRIBUTE = "_veneer_attachment"
+_ACTIVATED = (
+    "the adapter acts from its invocation_tokens on, and a plain call does not say where that is: use veneer.generate, "
+    "veneer.evaluate or veneer.finetune, or call the model within attachment.routing.using(segments)"
+)
 
 
 @dataclass
@@ -144,7 +148,8 @@ def attach(
         }
     adapted = {target.owner for target in targets}
     tokens = token_targets(model, config.token_rows, adapted, what.tokens if isinstance(what, Adapter) else None)
-    attachment = Attachment(config, metadata, Routing(), tuple(targets))
+    routing = Routing(needs_segments=_ACTIVATED if config.invocation_tokens else None)
+    attachment = Attachment(config, metadata, routing, tuple(targets))
     attachment.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     attachment.training = {name: module.training for name, module in model.named_modules()}
     model.requires_grad_(False)

@@ -92,4 +92,11 @@ def why_not_embedding(module: nn.Module) -> str | None:
     table: Any = module
     if table.max_norm is not None:
         return "has max_norm, by which looking a row up changes the frozen table"
+    if type(table).forward is not nn.Embedding.forward and not has_scale(table):
+        return f"is a {type(table).__name__}, whose own forward may read other rows than it is asked for"
     return None
+
+
+def has_scale(table: nn.Module) -> bool:
+    """Tell whether a table is one of transformers' that multiply what they look up, and do nothing else."""
+    return isinstance(getattr(table, "embed_scale", None), (Tensor, float, int))

@@ -14,7 +14,7 @@ from veneer.names import did_you_mean
 from veneer.nn.kinds import kind_of
 from veneer.nn.slots import only_parts, spread_parts
 from veneer.nn.targets import Target, locate
-from veneer.nn.unfit import shared_layers, unfit_layers
+from veneer.nn.unfit import shared_layers, tied_tables, unfit_layers
 
 # Factors that mean the same function, whatever way round the weight is stored or named.
 _ALIKE = (
@@ -43,6 +43,7 @@ def targets_of(model: nn.Module, adapter: Adapter) -> list[Target]:
             problems.append(f"{path}: the model has no such module{did_you_mean(path, names)}")
     problems += [*shared_layers(model, {owner for owner, _ in places.values()})]
     problems += unfit_layers(modules, list(places.values()))
+    problems += tied_tables(modules, [owner for owner, _ in places.values()])
     targets = []
     if not problems:
         targets = [_target(modules, path, *places[path], adapter) for path in adapter.modules]

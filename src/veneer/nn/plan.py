@@ -15,7 +15,7 @@ from veneer.nn.kinds import kind_of
 from veneer.nn.targets import Target, find_targets
 from veneer.nn.tokens import token_targets
 from veneer.nn.trained import TrainedParameter, trained_parameters
-from veneer.nn.unfit import ambiguous, oversized, uncalled
+from veneer.nn.unfit import ambiguous, oversized, uncalled, unsaved
 from veneer.storage.registry import storage_of
 
 FACTOR_BYTES = 4
@@ -129,7 +129,7 @@ def plan(model: nn.Module, config: LoRAConfig, *, probe: Callable[[], object] | 
     trained = trained_parameters(model, owners, config, None)
     rows = {one.path: one.value.rows for one in token_targets(model, config.token_rows, set(owners), None)}
     notes = [note for target in targets for note in oversized(model.get_submodule(target.owner), target)]
-    notes += ambiguous(targets, config)
+    notes += [*ambiguous(targets, config), *unsaved(targets, config)]
     if probe is not None:
         notes += uncalled(model, targets, probe)
     return _plan(targets, {**_whole(trained), **rows}, base_parameters(model), config, notes)
@@ -144,7 +144,7 @@ def plan_of(model: nn.Module) -> Plan:
     attachment = attachment_of(model)
     own = {id(one) for layer in attachment.layers.values() for one in layer.slots.parameters()}
     notes = [note for one in attachment.targets for note in oversized(attachment.layers[one.owner].base, one)]
-    notes += ambiguous(attachment.targets, attachment.config)
+    notes += [*ambiguous(attachment.targets, attachment.config), *unsaved(attachment.targets, attachment.config)]
     rows = {path: attachment.token_slot(path).rows for path in attachment.tokens}
     trained = {**_whole(attachment.trained), **rows}
     return _plan(attachment.targets, trained, base_parameters(model, without=own), attachment.config, notes)

@@ -25,6 +25,7 @@ class Routing:
 
     Args:
         slot: The slot of all rows while no segments are set.
+        needs_segments: Why rows must not go through a slot unless segments say so, or None.
 
     Example:
         >>> routing = Routing()
@@ -35,17 +36,20 @@ class Routing:
         2
     """
 
-    def __init__(self, slot: int | None = 0) -> None:
+    def __init__(self, slot: int | None = 0, needs_segments: str | None = None) -> None:
         self._slot = slot
+        self._needs_segments = needs_segments
         self._segments: Mapping[int, tuple[Segment, ...]] | None = None
 
     def segments(self, num_rows: int) -> tuple[Segment, ...]:
         """Return the segments that cover the rows, in order.
 
         Raises:
-            AttachError: If the segments that were set cover another number of rows.
+            AttachError: If the segments that were set cover another number of rows, or are needed and not set.
         """
         if self._segments is None:
+            if self._needs_segments is not None and self._slot is not None:
+                raise AttachError(self._needs_segments)
             return (Segment(0, num_rows, self._slot),)
         if num_rows not in self._segments:
             covered = " or ".join(str(rows) for rows in self._segments)

@@ -10,7 +10,7 @@ from veneer.config import ALL_LINEAR, LoRAConfig
 from veneer.errors import TargetError
 from veneer.names import did_you_mean, layer_index, matches, matches_suffix, pattern_matches
 from veneer.nn.kinds import LayerKind, kind_of, members_of, why_not
-from veneer.nn.unfit import bypassed_layers, misfits, shared_layers, unfit_layers
+from veneer.nn.unfit import bypassed_layers, misfits, shared_layers, tied_tables, unfit_layers
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, skip: Iterable[nn.Modu
         *_unmatched(modules, paths, config),
         *shared_layers(model, {owner for owner, _ in wanted}),
         *unfit_layers(modules, wanted),
+        *tied_tables(modules, [owner for owner, _ in wanted]),
     ]
     if not wanted and not problems and not config.modules_to_save:
         problems.append(f"nothing is left of target_modules={config.target_modules!r}")

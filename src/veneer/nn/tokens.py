@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from veneer.adapter import TokenRows
 from veneer.errors import TargetError
 from veneer.names import did_you_mean, matches_suffix
-from veneer.nn.embedding import embedding_scale
+from veneer.nn.embedding import embedding_scale, why_not_embedding
 from veneer.nn.layer import LoRALayer
 from veneer.nn.routing import Routing
+from veneer.nn.unfit import tied_tables
 
 
 class TokenSlot(nn.Module):
@@ -176,6 +177,9 @@ def _problems(
     table: Any = modules[path]
     if outside := [index for index in indices if index >= table.num_embeddings]:
         yield f"{path}: rows {outside[:5]} lie outside of the table's {table.num_embeddings}"
+    if reason := why_not_embedding(table):
+        yield f"{path} {reason}"
+    yield from tied_tables(modules, [path])
     if path in adapted or _tied_head(modules, path) in adapted:
         yield f"{path}: it, or the head tied to it, is adapted by factors too; choose one"
 

@@ -1,6 +1,6 @@
 """Why layers cannot be adapted, or not as asked: one line for each reason, before anything is touched."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -45,6 +45,27 @@ def shared_layers(model: nn.Module, wanted: set[str]) -> Iterator[str]:
         before = first.setdefault(id(module), path)
         if before != path and {before, path} & wanted:
             yield f"{path} is the same module as {before}; a layer that stands at two places cannot be adapted"
+
+
+def tied_tables(modules: Mapping[str, nn.Module], wanted: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each wanted table whose rows another table looks up too: that one would go on as before."""
+    tables = {path: module for path, module in modules.items() if isinstance(module, nn.Embedding)}
+    for path in wanted:
+        own = tables.get(path)
+        others = [
+            name for name, one in tables.items() if own is not None and one is not own and one.weight is own.weight
+        ]
+        if others:
+            yield f"{path}: its rows are also those of {', '.join(others)}, which would not follow; untie them first"
+
+
+def unsaved(targets: "Sequence[Target]", config: LoRAConfig) -> Iterator[str]:
+    """Yield a line for each target whose factors PEFT's layout, in which adapters are saved, has no place for."""
+    for target in targets:
+        form = target.kind.form
+        if form == "conv_transpose" or (config.use_dora and form in ("attention_in", "attention_out", "parameter")):
+            what = "a transposed convolution" if form == "conv_transpose" else f"a magnitude of form {form!r}"
+            yield f"{target.path}: PEFT's layout has no place for {what}; it trains and merges, save_adapter refuses it"
 
 
 def bypassed_layers(modules: Mapping[str, nn.Module]) -> set[str]:

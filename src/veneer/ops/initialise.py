@@ -55,10 +55,10 @@ _FIELDS: Mapping[Needs, tuple[tuple[str, str], ...]] = MappingProxyType(
     {
         "nothing": (),
         "weight": (("weight_OI", "the layer's weight"),),
-        "inputs": (("inputs", "directions of the layer's inputs, from nn.observe.input_directions"),),
-        "gradient": (("gradient_OI", "gradient of the loss by the weight, from nn.observe.weight_gradients"),),
+        "inputs": (("inputs", "directions of the layer's inputs: attach(observed=veneer.observe(...)[1])"),),
+        "gradient": (("gradient_OI", "gradient of the loss by the weight: attach(observed=veneer.observe(...)[1])"),),
         "full_weight": (
-            ("weight_OI", "the weight in full precision"),
+            ("weight_OI", "the weight in full precision: attach(observed={path: weight})"),
             ("quantise", "a function from it to what the quantised layer holds of it"),
         ),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from veneer.adapter import Adapter, LowRank
+from veneer.factors import as_matrices
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TargetSummary:
         num_bytes: Of all of them.
         norm: Root of the summed squared Frobenius norms of their deltas.
         untrained: How many have a `lora_B` that is all zero.
+        form: What the axes of their factors are, see `veneer.factors`.
+        has_magnitude: Whether they have magnitudes (DoRA), which the norm leaves out.
     """
 
     name: str
@@ -35,6 +38,8 @@ class TargetSummary:
     num_bytes: int
     norm: float
     untrained: int
+    form: str
+    has_magnitude: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Summary:
         num_bytes: How many bytes they take.
         norm: Frobenius norm of the whole update.
         targets: Modules alike, together.
-        trained: Path and shape of whatever trained whole.
+        trained: Path and shape of whatever trained whole, rows of tokens included.
     """
 
     digest: str
@@ -88,8 +93,8 @@ def summarize(adapter: Adapter) -> Summary:
     """
     groups: dict[tuple[Any, ...], list[LowRank]] = {}
     for path, pair in adapter.modules.items():
-        shape = (pair.lora_B.shape[0], pair.lora_A.shape[1])
-        groups.setdefault((path.rpartition(".")[2], shape, pair.rank, pair.scaling), []).append(pair)
+        key = (path.rpartition(".")[2], pair.sizes, pair.rank, pair.scaling, pair.form, pair.magnitude is not None)
+        groups.setdefault(key, []).append(pair)
     targets = tuple(_target(key, alike) for key, alike in groups.items())
     return Summary(
         digest=adapter.digest,
@@ -103,7 +108,13 @@ def summarize(adapter: Adapter) -> Summary:
         num_bytes=adapter.num_bytes,
         norm=math.hypot(*(target.norm for target in targets)),
         targets=targets,
-        trained=tuple((path, tuple(one.shape)) for path, one in adapter.trained.items()),
+        trained=(
+            *((path, tuple(one.shape)) for path, one in adapter.trained.items()),
+            *(
+                (f"{path} (rows of {len(one.indices)} tokens)", tuple(one.rows.shape))
+                for path, one in adapter.tokens.items()
+            ),
+        ),
     )
 
 
@@ -119,13 +130,13 @@ def delta_norm(pair: LowRank) -> float:
     Source:
         research: papers.md 4.3.
     """
-    A, B = pair.lora_A.double(), pair.lora_B.double()
-    return abs(pair.scaling) * math.sqrt(max(0.0, torch.sum((B.T @ B) * (A @ A.T)).item()))
+    A, B = as_matrices(pair.form, pair.lora_A.double(), pair.lora_B.double())
+    return abs(pair.scaling) * math.sqrt(max(0.0, torch.sum((B.mT @ B) * (A @ A.mT)).item()))
 
 
 def _target(key: tuple[Any, ...], alike: Sequence[LowRank]) -> TargetSummary:
-    name, shape, rank, scaling = key
-    tensors = [tensor for pair in alike for tensor in (pair.lora_A, pair.lora_B)]
+    name, shape, rank, scaling, form, has_magnitude = key
+    tensors = [tensor for pair in alike for tensor in pair.tensors().values()]
     return TargetSummary(
         name=name,
         count=len(alike),
@@ -136,4 +147,6 @@ def _target(key: tuple[Any, ...], alike: Sequence[LowRank]) -> TargetSummary:
         num_bytes=sum(one.numel() * one.element_size() for one in tensors),
         norm=math.hypot(*(delta_norm(pair) for pair in alike)),
         untrained=sum(not pair.lora_B.any() for pair in alike),
+        form=form,
+        has_magnitude=has_magnitude,
     )
