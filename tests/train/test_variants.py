@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import veneer
-from veneer.errors import AdapterError, OutputError
+from veneer.errors import AdapterError, DataError, OutputError
 from veneer.nn.attach import attachment_of
 from veneer.train import loop
 from veneer.train.checkpoint import load_checkpoint
@@ -168,11 +168,12 @@ def test_a_run_that_changed_nothing_says_so(make_run, caplog, changes):
     assert "never trained: every layer's update is still zero" in caplog.text
 
 
-def test_rows_that_never_call_on_an_activated_adapter_train_nothing(make_run, caplog):
-    """Some do: those train it. None does: that is said after the first step, and at the end."""
+def test_rows_that_never_call_on_an_activated_adapter_train_nothing(make_run, caplog, monkeypatch):
+    """Some do: those train it. None does, and nobody asked before: that is said after the first step, and at the end."""
     some = run(make_run("some", {"invocation_tokens": [20]}, max_steps=4, tokens_per_micro_batch=8))
     assert some.untrained == ()
     assert "never trained" not in caplog.text
+    monkeypatch.setattr("veneer.train.run.check_invocation", lambda *_: None)
     none = run(make_run("none", {"invocation_tokens": [1, 1]}, max_steps=2))
     assert none.never_trained
     assert "step 1: no gradient reaches the adapter" in caplog.text
@@ -192,3 +193,11 @@ def test_layers_that_got_no_gradient_are_named(make_run, caplog, monkeypatch):
     assert result.untrained == ("model.layers.0.self_attn.q_proj",)
     assert not result.never_trained
     assert "1 of 14 layers never trained: model.layers.0.self_attn.q_proj" in caplog.text
+
+
+def test_an_invocation_that_no_row_holds_is_said_before_the_weights_load(make_run, monkeypatch):
+    config = make_run(adapter={"target_modules": ["q_proj"], "invocation_tokens": [250, 251]})
+    monkeypatch.setattr("veneer.train.run.load_model", None)
+    with pytest.raises(DataError, match=r"invocation_tokens=\[250, 251\] stands before an answer in none of 24"):
+        run(config)
+    assert not Path(config.out).exists()

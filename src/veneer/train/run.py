@@ -1,6 +1,7 @@
 """Whole runs: from a configuration, or for a model that has an adapter attached already."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter import AdapterMetadata
+from veneer.base.activation import activation_start
 from veneer.base.load import load_config, load_model, load_tokenizer, num_positions, quantise_base
 from veneer.base.source import Source, find_source
-from veneer.config import DataConfig, RunConfig, TrainConfig
-from veneer.data.encode import template_digest
+from veneer.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from veneer.data.encode import EncodedRow, template_digest
+from veneer.errors import DataError
 from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
 from veneer.storage.int8 import Int8Linear
@@ -47,6 +50,7 @@ def run(config: RunConfig, *, existing: Existing = "refuse") -> TrainResult:
     source = find_source(config.base)
     tokenizer = load_tokenizer(source)
     data = prepare_data(config.data, read, tokenizer, _longest(config.train, load_config(source)))
+    check_invocation(config.adapter, data.train.rows)
     model, (adapter, observed) = _load(source, data, config)
     metadata = AdapterMetadata(
         base=source.name,
@@ -112,6 +116,7 @@ def finetune(
         out=out,
     )
     prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, _longest(settings.train, model.config))
+    check_invocation(attachment.config, prepared.train.rows)
     set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
     return _train(model, prepared, settings, existing)
 
@@ -120,6 +125,23 @@ def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
     """Return how a model's linear layers are stored, as `load_base` was asked for it."""
     kinds = {type(module) for module in model.modules()}
     return "nf4" if NF4Linear in kinds else "int8" if Int8Linear in kinds else "plain"
+
+
+def check_invocation(config: LoRAConfig, rows: Sequence[EncodedRow]) -> None:
+    """Raise where an activated adapter would be silent in every row: it would train to the end and learn nothing.
+
+    Raises:
+        DataError: If no row holds the invocation before its last supervised token.
+    """
+    wanted = config.invocation_tokens
+    if not wanted:
+        return
+    starts = (activation_start(row.token_ids.tolist(), wanted) for row in rows)
+    if not any(start is not None and start + 1 < len(row.token_ids) for row, start in zip(rows, starts, strict=True)):
+        raise DataError(
+            f"invocation_tokens={list(wanted)} stands before an answer in none of {len(rows)} training rows, so the "
+            "adapter would be silent in all of them; check the tokens, or put the invocation into the prompts"
+        )
 
 
 def _longest(train: TrainConfig, base: PreTrainedConfig) -> int:
