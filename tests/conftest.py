@@ -67,6 +67,12 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Let every test draw the same numbers each time, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()

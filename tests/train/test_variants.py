@@ -169,7 +169,7 @@ def test_a_run_that_changed_nothing_says_so(make_run, caplog, changes):
 
 
 def test_rows_that_never_call_on_an_activated_adapter_train_nothing(make_run, caplog, monkeypatch):
-    """Some do: those train it. None does, and nobody asked before: that is said after the first step, and at the end."""
+    """Some do: those train it. None does, and nobody asked before: that is said after a step, and at the end."""
     some = run(make_run("some", {"invocation_tokens": [20]}, max_steps=4, tokens_per_micro_batch=8))
     assert some.untrained == ()
     assert "never trained" not in caplog.text
