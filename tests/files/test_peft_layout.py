@@ -9,7 +9,8 @@ import veneer
 from veneer.adapter import Adapter, LowRank
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.files.peft import CONFIG, TENSORS, adapter_from_files, adapter_to_files, load_adapter, save_adapter
+from veneer.files.peft import adapter_from_files, adapter_to_files, load_adapter, save_adapter
+from veneer.files.peft_folder import CONFIG, TENSORS
 from veneer.files.peft_layout import place_factors, write_factors
 from veneer.files.strict_json import dump_json
 from veneer.files.tensors import dump_tensors, parse_tensors

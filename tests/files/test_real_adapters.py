@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import AdapterError
-from veneer.files.peft import TENSORS, load_adapter, save_adapter
+from veneer.files.peft import load_adapter, save_adapter
+from veneer.files.peft_folder import TENSORS
 from veneer.files.tensors import parse_tensors
 
 ADAPTERS = Path(__file__).parents[3] / "shared" / "data" / "adapters"

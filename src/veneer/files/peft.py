@@ -1,7 +1,7 @@
 """Adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
 What PEFT and vLLM load, they load from here unchanged; nothing of ours stands in those two files. What else we know
-(the base's fingerprint, the digest) is in the manifest's notes. This is the only module that knows PEFT's prefix.
+(the base's fingerprint, the digest) is in the manifest's notes.
 """
 
 from collections.abc import Mapping
@@ -15,29 +15,24 @@ from torch import Tensor
 from veneer.adapter import Adapter, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, ConfigError, DamagedArtefactError
-from veneer.files.commit import Manifest, commit_folder, readable_folder
+from veneer.files.commit import Manifest, commit_folder
 from veneer.files.filesystem import REAL, FileSystem
-from veneer.files.manifest import read_verified
 from veneer.files.patterns import divisor, resolve
 from veneer.files.peft_config import config_from_peft, config_to_peft
+from veneer.files.peft_folder import CONFIG, MAX_CONFIG, PREFIX, TENSORS, read_folder
 from veneer.files.peft_keys import Parts, read_keys, trained_problems
 from veneer.files.peft_layout import Placed, owner_of, place_factors, read_pair, write_factors
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
-from veneer.names import did_you_mean, matches_suffix
+from veneer.names import matches_suffix
 from veneer.ops.sample import sample_digest
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 KIND = "adapter"
 
-_PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_PICKLE = "adapter_model.bin"
 _NOTED = ("base_fingerprint", "row_format", "template_digest")
 _CLOSE = 1e-12
-_MAX_CONFIG = 8 << 20
 
 
 def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, bytes]:
@@ -60,12 +55,12 @@ def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, 
     if problems:
         raise AdapterError("the adapter's settings do not say what it holds", problems)
     tensors: dict[str, Tensor] = {}
-    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in write_factors(adapter.modules).items()}
-    tensors |= {f"{_PREFIX}{path}{_ROWS}": one.rows for path, one in adapter.tokens.items()}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in write_factors(adapter.modules).items()}
+    tensors |= {f"{PREFIX}{path}{_ROWS}": one.rows for path, one in adapter.tokens.items()}
     for path, tensor in adapter.trained.items():
         parent = path.removesuffix(".bias")
         wrapped = path.endswith(".bias") and parent in adapter.modules
-        tensors[f"{_PREFIX}{parent}.base_layer.bias" if wrapped else f"{_PREFIX}{path}"] = tensor
+        tensors[f"{PREFIX}{parent}.base_layer.bias" if wrapped else f"{PREFIX}{path}"] = tensor
     files = {CONFIG: dump_json(config_to_peft(adapter)), TENSORS: dump_tensors(tensors)}
     # What cannot be read back the same is not written: odd names, for one, or a weight that is not finite.
     again = adapter_from_files(files, "the adapter as written", _notes(adapter))
@@ -85,11 +80,11 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     Raises:
         AdapterError: If a key is not understood, a value has the wrong shape, or anything is missing; all at once.
     """
-    raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=_MAX_CONFIG)
+    raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=MAX_CONFIG)
     config, metadata = config_from_peft(raw, f"{where}/{CONFIG}")
     place = f"{where}/{TENSORS}"
     tensors = parse_tensors(files[TENSORS], place)
-    parts = read_keys(tensors, _PREFIX, config.modules_to_save, place)
+    parts = read_keys(tensors, PREFIX, config.modules_to_save, place)
     problems = list(parts.problems)
     problems += trained_problems(config, set(parts.modules), parts.trained, metadata.task_type)
     known = _read_notes(notes or {}, where)
@@ -160,25 +155,7 @@ def load_adapter(folder: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSyste
     Example:
         load_adapter("runs/tickets/adapter").config.rank
     """
-    found = readable_folder(folder, fs=fs)
-    if not fs.is_folder(found):
-        raise AdapterError(f"{folder}: expected an adapter's folder, found none")
-    present = fs.list_folder(found)
-    missing = [name for name in (CONFIG, TENSORS) if name not in present]
-    if TENSORS in missing and _PICKLE in present:
-        raise AdapterError(
-            f"{folder}: holds {_PICKLE} but no {TENSORS}; a pickle can run any code, so it is not read."
-            " Convert it with PEFT where you trust it: load it and call save_pretrained()"
-        )
-    if missing:
-        raise AdapterError(
-            f"{folder}: not an adapter's folder",
-            [f"{name}: missing{did_you_mean(name, present)}" for name in missing],
-        )
-    try:
-        files, manifest = read_verified(found, (CONFIG, TENSORS), max_bytes=max_bytes, fs=fs)
-    except OSError as cause:
-        raise AdapterError(f"{folder}: cannot be read: {cause}") from cause
+    files, manifest = read_folder(folder, max_bytes=max_bytes, fs=fs)
     ours = manifest is not None and manifest.kind == KIND
     return adapter_from_files(files, str(folder), manifest.notes if manifest is not None and ours else None)
 

@@ -18,11 +18,9 @@ from torch import Tensor
 from veneer.adapter import AdapterMetadata
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.files.commit import readable_folder
 from veneer.files.filesystem import REAL, FileSystem
-from veneer.files.manifest import read_verified
-from veneer.files.peft import CONFIG, TENSORS
 from veneer.files.peft_adalora import ADALORA
+from veneer.files.peft_folder import CONFIG, MAX_CONFIG, PREFIX, TENSORS, read_folder
 from veneer.files.peft_keys import Parts as LoRAParts
 from veneer.files.peft_keys import read_keys, trained_problems
 from veneer.files.peft_loha import LOHA
@@ -41,9 +39,6 @@ METHODS: Mapping[str, Method] = MappingProxyType({"LOHA": LOHA, "LOKR": LOKR, "V
 MAX_DELTA = 1 << 32
 
 _ROOT = "base_model."
-_PREFIX = "base_model.model."
-_PICKLE = "adapter_model.bin"
-_MAX_CONFIG = 8 << 20
 _FAMILY = re.compile(r"\.(?P<leaf>(?:lora|hada|lokr|vera|ia3|oft)_\w+)(?:\.default)?(?:\.weight)?$")
 _SHOWN = 50
 
@@ -100,9 +95,9 @@ def read_other(
         >>> other.method, other.modules["q"].delta().mean().round(decimals=4)
         ('adalora', tensor(2., dtype=torch.float64))
     """
-    files = _read_files(folder, max_bytes, fs)
+    files, _ = read_folder(folder, max_bytes=max_bytes, fs=fs)
     where = str(folder)
-    raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=_MAX_CONFIG)
+    raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=MAX_CONFIG)
     name, config, settings, metadata = read_config(raw, METHODS, f"{where}/{CONFIG}")
     method, place = METHODS[name], f"{where}/{TENSORS}"
     tensors = parse_tensors(files[TENSORS], place)
@@ -128,31 +123,11 @@ def read_other(
     )
 
 
-def _read_files(folder: str | Path, max_bytes: int, fs: FileSystem) -> dict[str, bytes]:
-    found = readable_folder(folder, fs=fs)
-    if not fs.is_folder(found):
-        raise AdapterError(f"{folder}: expected an adapter's folder, found none")
-    present = fs.list_folder(found)
-    missing = [name for name in (CONFIG, TENSORS) if name not in present]
-    if TENSORS in missing and _PICKLE in present:
-        raise AdapterError(
-            f"{folder}: holds {_PICKLE} but no {TENSORS}; a pickle can run any code, so it is not read."
-            " Convert it with PEFT where you trust it: load it and call save_pretrained()"
-        )
-    if missing:
-        problems = [f"{name}: missing{did_you_mean(name, present)}" for name in missing]
-        raise AdapterError(f"{folder}: not an adapter's folder", problems)
-    try:
-        return read_verified(found, (CONFIG, TENSORS), max_bytes=max_bytes, fs=fs)[0]
-    except OSError as cause:
-        raise AdapterError(f"{folder}: cannot be read: {cause}") from cause
-
-
 def _sort(
     tensors: Mapping[str, Tensor], method: Method, problems: list[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """Sort the tensors into those of modules, shared ones, and the rest."""
-    leaf = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<leaf>{'|'.join(method.tensors)})(?:\.default)?")
+    leaf = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<leaf>{'|'.join(method.tensors)})(?:\.default)?")
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -186,13 +161,13 @@ def _read_rest(
 
     The adapted modules stand among them as factors of LoRA, so that those rules know them.
     """
-    if not any(key.startswith(_PREFIX) for key in tensors):
-        return read_keys(tensors, _PREFIX, config.modules_to_save, place)  # says what is wrong
+    if not any(key.startswith(PREFIX) for key in tensors):
+        return read_keys(tensors, PREFIX, config.modules_to_save, place)  # says what is wrong
     stand_in = torch.zeros(1, 1)
-    known = {f"{_PREFIX}{path}.lora_{side}.weight": stand_in for path in modules for side in "AB"}
+    known = {f"{PREFIX}{path}.lora_{side}.weight": stand_in for path in modules for side in "AB"}
     if not known and not rest:
         return LoRAParts({}, {}, {}, {}, ())
-    return read_keys({**rest, **known}, _PREFIX, config.modules_to_save, place)
+    return read_keys({**rest, **known}, PREFIX, config.modules_to_save, place)
 
 
 def _modules(method: Method, raw: Raw) -> dict[str, ModuleUpdate]:

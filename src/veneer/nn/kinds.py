@@ -13,7 +13,7 @@ from veneer.nn.conv import LoRAConv, LoRAConvTranspose, conv_sizes
 from veneer.nn.embedding import LoRAEmbedding, why_not_embedding
 from veneer.nn.experts import LoRAExperts, StackedExperts, expert_sizes, why_not_experts
 from veneer.nn.layer import LoRALayer
-from veneer.nn.linear import LoRALinear
+from veneer.nn.linear import LoRALinear, is_transposed_linear
 from veneer.nn.parameters import LoRAParameters, why_not_parameter
 from veneer.nn.routing import Routing
 from veneer.storage.registry import storage_of
@@ -69,18 +69,6 @@ def _storage_name(module: nn.Module) -> str | None:
 
 def _has_sizes(module: nn.Module) -> bool:
     return isinstance(getattr(module, "in_features", None), int)
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' Conv1D: a linear layer that stores (in, out); known without importing it.
-
-    Example:
-        >>> is_transposed_linear(nn.Linear(1, 1))
-        False
-    """
-    return any(
-        one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in type(module).__mro__
-    )
 
 
 def _linear_sizes(module: nn.Module, name: str) -> tuple[int, int]:  # noqa: ARG001

@@ -11,6 +11,8 @@ from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm
 from veneer.ops.lora import add_lora, lora_linear
 from veneer.ops.reference import lora_delta
 
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # by name: this layer knows no transformers
+
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Tell whether calling a module is `F.linear` and nothing else: no subclass, no hook, no forward of its own.
@@ -26,6 +28,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not has_hooks(module)
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' Conv1D: a linear layer that stores (in, out); known without importing it.
+
+    Example:
+        >>> is_transposed_linear(nn.Linear(1, 1))
+        False
+    """
+    return any(_full_name(one) == _CONV1D for one in type(module).__mro__)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def plain_weight(module: nn.Module) -> Tensor | None:
     """Return the (out, in) weight of a layer that is `F.linear` with it and nothing else, or None where it is more.
 
@@ -35,8 +51,8 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     """
     if is_plain_linear(module):
         return module.get_parameter("weight")
-    known = f"{type(module).__module__}.{type(module).__qualname__}" == "transformers.pytorch_utils.Conv1D"
-    return module.get_parameter("weight").T if known and not has_hooks(module) else None
+    is_own = _full_name(type(module)) == _CONV1D and not has_hooks(module)
+    return module.get_parameter("weight").T if is_own else None
 
 
 class LoRALinear(LoRALayer):

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NonFiniteError, TargetError
 from veneer.names import did_you_mean
+from veneer.nn.linear import is_transposed_linear
 from veneer.ops.initialise_directions import Directions, add_rows, turned
 
 __all__ = ["Directions", "input_directions", "weight_gradients"]
-
-# By name, because this layer knows no transformers. Both take rows (..., in) to rows (..., out).
-_ROW_LAYERS = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 def input_directions(
@@ -247,7 +245,7 @@ def _row_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     for path in paths:
         if path not in known:
             problems.append(f"{path}: the model has no such module{did_you_mean(path, known)}")
-        elif not {f"{one.__module__}.{one.__qualname__}" for one in type(known[path]).__mro__} & set(_ROW_LAYERS):
+        elif not isinstance(known[path], nn.Linear) and not is_transposed_linear(known[path]):
             problems.append(f"{path}: is a {type(known[path]).__name__}, expected a linear layer without an adapter")
     if problems:
         raise TargetError("these layers cannot be observed (nothing was run)", problems)

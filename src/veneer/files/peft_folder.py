@@ -1,0 +1,48 @@
+"""The folder of an adapter of any of PEFT's methods: its two files, read whole or refused with the reason."""
+
+from pathlib import Path
+
+from veneer.errors import AdapterError
+from veneer.files.commit import Manifest, readable_folder
+from veneer.files.filesystem import FileSystem
+from veneer.files.manifest import read_verified
+from veneer.names import did_you_mean
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What every key of a module's tensors begins with."""
+MAX_CONFIG = 8 << 20
+
+_PICKLE = "adapter_model.bin"
+
+
+def read_folder(folder: str | Path, *, max_bytes: int, fs: FileSystem) -> tuple[dict[str, bytes], Manifest | None]:
+    """Return the bytes of an adapter's two files by name, and the manifest that vouches for them, if there is one.
+
+    Args:
+        folder: The folder.
+        max_bytes: Longest file that is read.
+        fs: Where it lies.
+
+    Raises:
+        AdapterError: If there is no such folder, a file is missing or cannot be read.
+        DamagedArtefactError: If it has a manifest and does not match it.
+    """
+    found = readable_folder(folder, fs=fs)
+    if not fs.is_folder(found):
+        raise AdapterError(f"{folder}: expected an adapter's folder, found none")
+    present = fs.list_folder(found)
+    missing = [name for name in (CONFIG, TENSORS) if name not in present]
+    if TENSORS in missing and _PICKLE in present:
+        raise AdapterError(
+            f"{folder}: holds {_PICKLE} but no {TENSORS}; a pickle can run any code, so it is not read."
+            " Convert it with PEFT where you trust it: load it and call save_pretrained()"
+        )
+    if missing:
+        problems = [f"{name}: missing{did_you_mean(name, present)}" for name in missing]
+        raise AdapterError(f"{folder}: not an adapter's folder", problems)
+    try:
+        return read_verified(found, (CONFIG, TENSORS), max_bytes=max_bytes, fs=fs)
+    except OSError as cause:
+        raise AdapterError(f"{folder}: cannot be read: {cause}") from cause
