@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError
 from veneer.storage.checks import checked
+from veneer.storage.layer import StoredLinear
 from veneer.storage.panels import panel_linear
 from veneer.storage.rounding import to_int8
 
@@ -21,7 +21,7 @@ def _decode(stored: tuple[Tensor, ...], start: int, stop: int, in_features: int,
     return panel_PI.copy_(codes_OI[start:stop]).mul_(scale_bits_O.view(torch.float32)[start:stop, None])
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(StoredLinear):
     """A frozen linear layer that stores int8 codes and one float32 scale for each output row.
 
     Equals, with `W = codes * scale[:, None]`:
@@ -54,15 +54,7 @@ class Int8Linear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, bias: Tensor | None = None, device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ConfigError(
-                f"a quantised layer has at least one input and one output, got {in_features} and "
-                f"{out_features}: leave this layer out"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        super().__init__(in_features, out_features, bias)
         self.register_buffer("codes_OI", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scale_bits_O", torch.zeros(out_features, dtype=torch.int32, device=device))
 
@@ -78,17 +70,13 @@ class Int8Linear(nn.Module):
         return layer.train(linear.training)
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored weight, without the bias."""
-        return self.codes_OI.nbytes + self.scale_bits_O.nbytes
+    def stored(self) -> tuple[Tensor, ...]:
+        """The stored weight: codes, bits of the scales."""
+        return self.codes_OI, self.scale_bits_O
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in), in the dtype of x."""
-        return panel_linear(x, self.bias, _decode, self.out_features, (self.codes_OI, self.scale_bits_O))
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return panel_linear(x, self.bias, _decode, self.out_features, self.stored)
 
 
 def quantise_int8(linear: nn.Linear) -> Int8Linear:
@@ -109,7 +97,7 @@ def quantise_int8(linear: nn.Linear) -> Int8Linear:
 def read_int8(layer: Int8Linear) -> Tensor:
     """Return the weight as a fresh float32 tensor (O, I)."""
     scratch = torch.empty(layer.codes_OI.numel(), dtype=torch.float32, device=layer.codes_OI.device)
-    return _decode((layer.codes_OI, layer.scale_bits_O), 0, layer.out_features, layer.in_features, scratch)
+    return _decode(layer.stored, 0, layer.out_features, layer.in_features, scratch)
 
 
 @torch.no_grad()

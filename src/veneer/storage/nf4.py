@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError
 from veneer.storage.checks import checked
+from veneer.storage.layer import StoredLinear
 from veneer.storage.panels import BLOCK, panel_linear
 from veneer.storage.rounding import CHUNK, to_int8
 
@@ -63,7 +63,7 @@ def _decode(stored: tuple[Tensor, ...], start: int, stop: int, in_features: int,
     return flat[: (stop - start) * in_features].view(stop - start, in_features)
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(StoredLinear):
     """A frozen linear layer that stores 4-bit NormalFloat codes, two in a byte, and their scales in 8 bits.
 
     Equals, over the blocks of 64 weights that follow each other in the flattened weight:
@@ -108,15 +108,7 @@ class NF4Linear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, bias: Tensor | None = None, device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ConfigError(
-                f"a quantised layer has at least one input and one output, got {in_features} and {out_features}: "
-                "leave this layer out"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        super().__init__(in_features, out_features, bias)
         num_blocks = -(-in_features * out_features // BLOCK)
         num_groups = -(-num_blocks // GROUP)
         for name, size, dtype in (
@@ -143,18 +135,9 @@ class NF4Linear(nn.Module):
         """The stored weight: codes, codes of the scales, bits of their scales, bits of their mean."""
         return self.bytes_Y, self.absmax_codes_K, self.absmax_scale_bits_G, self.absmax_mean_bits
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored weight, without the bias."""
-        return sum(one.nbytes for one in self.stored)
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in), in the dtype of x."""
         return panel_linear(x, self.bias, _decode, self.out_features, self.stored)
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows between the brackets."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def quantise_nf4(linear: nn.Linear) -> NF4Linear:
