@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
+from veneer.ops.product import merging_pays, product, sum_product
 
 
 def autocasting(x: Tensor) -> bool:
@@ -24,6 +25,25 @@ def autocasting(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def merged_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return `W + s B A` in W's layout, transposed or not; no gradient of its own."""
+    if W_OI.T.is_contiguous():
+        return torch.addmm(W_OI.T, A_RI.T, B_OR.T, alpha=scaling).T
+    return torch.addmm(W_OI, B_OR, A_RI, alpha=scaling)
+
+
+def input_product(dy_NO: Tensor, dz_NR: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return `dy (W + s B A)` in the cheaper order; `dz` is `s · dy B`."""
+    if merging_pays(dy_NO.shape[0], W_OI):
+        return product(dy_NO, merged_weight(W_OI, A_RI, B_OR, scaling).T)
+    return product(dy_NO, W_OI.T).addmm_(dz_NR, A_RI)
+
+
+def rank_gradient(dy_NO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Return `s · dy B`, the gradient of `x Aᵀ`, shape (N, R)."""
+    return product(dy_NO, B_OR.T.contiguous()).mul_(scaling)
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves the input and nothing else of size N; see `lora_linear`."""
 
@@ -31,8 +51,10 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
     ) -> Tensor:
-        y_NO = F.linear(x_NI, W_OI, bias_O)
-        return y_NO.addmm_(x_NI @ A_RI.T, B_OR.T, alpha=scaling)
+        # The large product by torch's own linear: while B is zero, the output is the base's, bit for bit.
+        if merging_pays(x_NI.shape[0], W_OI):
+            return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O)
+        return F.linear(x_NI, W_OI, bias_O).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
@@ -45,11 +67,11 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, W_OI, A_RI, B_OR = ctx.saved_tensors
         needs_x, needs_W, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
-        dz_NR = (dy_NO @ B_OR).mul_(ctx.scaling) if needs_x or needs_A else None
-        dx_NI = (dy_NO @ W_OI).addmm_(dz_NR, A_RI) if needs_x else None
-        dA_RI = dz_NR.T @ x_NI if needs_A and dz_NR is not None else None
+        dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
+        dx_NI = input_product(dy_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
+        dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
         # x Aᵀ is computed again: 2·N·I·R operations are cheaper than keeping N·R numbers for every layer.
-        dB_OR = (dy_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling) if needs_B else None
+        dB_OR = sum_product(product(x_NI, A_RI), dy_NO).mul_(ctx.scaling).T if needs_B else None
         dW_OI = dy_NO.T @ x_NI if needs_W else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None
@@ -74,8 +96,9 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
         Tensor (..., O), dtype of `x`. Differentiable once.
 
     Cost:
-        Forward 2·N·(I·O + R·I + R·O) operations, backward the same and 2·N·R·(I + O) more where W is frozen. The only
-        tensor of size N kept for backward is `x` itself.
+        Where rows are many, forward and input gradient are products with `W + s B A`, formed on the fly: 2·N·I·O and
+        2·R·I·O operations each, and one tensor of W's size; where they are few, 2·N·R·(I + O) instead of 2·R·I·O.
+        The gradients of A and B take 4·N·R·(I + O). The only tensor of size N kept for backward is `x` itself.
 
     Example:
         >>> x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
@@ -83,7 +106,8 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
         [4.5, 4.5, 4.5, 4.5]
 
     Source:
-        Hu et al. 2021, arXiv:2106.09685, section 4.1; the backward by hand after the idea of unsloth's `fast_lora.py`.
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; the orders after Cherniuk et al. 2023, RunLoRA,
+        arXiv:2312.03415, section 3. Differs: a measured rule chooses, `ops.product.merging_pays`.
     """
     if autocasting(x):
         # Autocast casts each product by itself, which a function written by hand would have to imitate.
