@@ -276,6 +276,9 @@ class TrainConfig(Settings):
         patience: Stop after this many evaluations without a better loss; None means never.
         checkpoint_every: Optimiser steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
+        cache_prefix: Where to keep what frozen layers below the lowest adapter give for each row, so that later epochs
+            need not run them: auto is in memory if a quarter of what is free suffices, else in a file in the run
+            folder that is gone afterwards.
         lora_plus_ratio: Learning rate of `lora_B` over `learning_rate` (LoRA+, about 16, with a lower
             `learning_rate`). Embeddings, magnitudes and what trains whole keep `learning_rate`.
 
@@ -305,6 +308,7 @@ class TrainConfig(Settings):
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     lora_plus_ratio: PositiveFloat = 1.0
+    cache_prefix: Literal["auto", "off", "memory", "disk"] = "auto"
 
 
 class SamplingConfig(Settings):

@@ -1,7 +1,7 @@
 """The loss of a model on rows, over supervised tokens only."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from veneer.base.prefix import PrefixStates, tail_hidden_states
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention, routed_segments
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
@@ -18,6 +19,9 @@ from veneer.nn.layer import LoRALayer
 from veneer.nn.linear import is_plain_linear
 from veneer.nn.modes import evaluating
 from veneer.ops.loss import chunk_rows, linear_cross_entropy
+
+Recall = Callable[[Sequence[int]], PrefixStates]
+"""Gives what the frozen lowest layers make of rows, by their numbers, one after another."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Loss:
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
 
-def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
+def summed_loss(model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates | None = None) -> Tensor:
     """Return the summed cross-entropy of a batch's supervised tokens, a scalar; needs `ragged_attention(model)`.
 
-    Only the hidden states that predict a supervised token go through the head, in chunks.
+    Only the hidden states that predict a supervised token go through the head, in chunks. The lowest layers are not run
+    where `below` says what they give.
     """
     places, targets = (part.to(model.device) for part in batch.predictions())
-    hidden = hidden_states(model, batch)[places]
+    hidden_TD = hidden_states(model, batch) if below is None else tail_hidden_states(model, batch, below)
+    hidden = hidden_TD[places]
     head = model.get_output_embeddings()
     if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
@@ -51,7 +57,13 @@ def summed_loss(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     return _through_any_head(head, hidden, targets, chunk_rows(vocabulary, hidden.element_size()))
 
 
-def evaluate_loss(model: PreTrainedModel, rows: Sequence[EncodedRow], *, tokens_per_batch: int = 4096) -> Loss:
+def evaluate_loss(
+    model: PreTrainedModel,
+    rows: Sequence[EncodedRow],
+    *,
+    tokens_per_batch: int = 4096,
+    recall: Recall | None = None,
+) -> Loss:
     """Return the mean loss of rows in evaluation mode; the model's mode is restored.
 
     Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone.
@@ -60,7 +72,7 @@ def evaluate_loss(model: PreTrainedModel, rows: Sequence[EncodedRow], *, tokens_
     with evaluating(model), torch.no_grad(), ragged_attention(model):
         for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
             batch = make_batch([rows[index] for index in part])
-            total += summed_loss(model, batch).item()
+            total += summed_loss(model, batch, None if recall is None else recall(part)).item()
             count += int(batch.supervised.sum())
     return Loss(total / count, count)
 

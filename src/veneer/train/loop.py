@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from veneer.train.checkpoint import (
 from veneer.train.folder import ADAPTER, CHECKPOINTS, Metrics
 from veneer.train.interrupt import StopFlag, StopRequested, stop_flag
 from veneer.train.optimizer import FlatAdamW, check_one_dtype
+from veneer.train.prefix_cache import Recalls, prefix_caches
 from veneer.train.prepare import PreparedData
 from veneer.train.progress import Progress, progress_bar
 from veneer.train.report import draw_losses, model_card, untrained
@@ -96,6 +97,7 @@ class _Run:
     state: TrainState
     stop: StopFlag
     progress: Progress
+    recalls: Recalls = field(default_factory=Recalls)
 
 
 def check_trainable(model: PreTrainedModel) -> None:
@@ -143,6 +145,8 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         model.train()
         try:
             with ragged_attention(model):
+                if state.step < len(schedule):
+                    run.recalls = prefix_caches(model, data, [step for _, step in schedule], config.train, folder)
                 _all_steps(run, schedule)
         finally:
             model.eval()
@@ -183,7 +187,9 @@ def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
             random_state = torch.get_rng_state()
             run.stop.check()
             rate = learning_rate(settings, number, len(schedule))
-            figures = train_step(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check)
+            figures = train_step(
+                run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check, run.recalls.train
+            )
             random_state = torch.get_rng_state()
             if number == 1 and figures["grad_norm"] == 0:
                 log.warning("step 1: no gradient reaches the adapter; unless that changes, nothing will be trained")
@@ -226,7 +232,8 @@ def _evaluate(run: _Run, epoch: float) -> None:
     if run.data.eval is None:
         return
     state, patience = run.state, run.config.train.patience
-    loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=run.config.train.tokens_per_micro_batch)
+    budget = run.config.train.tokens_per_micro_batch
+    loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=budget, recall=run.recalls.eval)
     run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
     run.progress.evaluated(loss.mean)
     if state.step == 0:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from veneer.data.batches import Step, make_batch
 from veneer.data.encode import EncodedRow
 from veneer.errors import NonFiniteError
-from veneer.scoring.loss import summed_loss
+from veneer.scoring.loss import Recall, summed_loss
 from veneer.train.optimizer import FlatAdamW
 
 
@@ -22,6 +22,7 @@ def train_step(
     step: Step,
     learning_rate: float,
     check: Callable[[], None],
+    recall: Recall | None = None,
 ) -> dict[str, Any]:
     """Train on the rows of a step and return its figures.
 
@@ -35,6 +36,7 @@ def train_step(
         step: Row numbers of each micro-batch.
         learning_rate: Of this step.
         check: Called before each micro-batch; may raise to leave the step before the update.
+        recall: Gives what the frozen lowest layers make of rows; None runs them.
 
     Raises:
         NonFiniteError: If the loss or the gradient is not finite, with the rows named; nothing was updated.
@@ -45,7 +47,8 @@ def train_step(
     for micro in step:
         check()
         batch = make_batch([rows[index] for index in micro])
-        part = summed_loss(model, batch) / supervised
+        total = summed_loss(model, batch) if recall is None else summed_loss(model, batch, recall(micro))
+        part = total / supervised
         value = part.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss is {value}", [rows[index].source for index in micro])
