@@ -103,7 +103,8 @@ def ragged_attention_forward(
     """Causal attention within each sequence of a ragged row; transformers calls it.
 
     Equals scaled dot-product attention of each sequence alone. Runs of sequences of equal length go to the kernel
-    together; key and value heads are not repeated for grouped queries.
+    together; key and value heads are not repeated for grouped queries. What a layer asks for is noted in
+    `seen_options`, a dict by module, where a caller gives one.
 
     Raises:
         BaseModelError: If the lengths did not arrive, or the model asks for a kind of attention not written here.
@@ -111,6 +112,8 @@ def ragged_attention_forward(
     lengths: Sequence[int] | None = options.get("sequence_lengths")
     if lengths is None:
         raise BaseModelError(f"{type(module).__name__} does not pass options on to its attention: no ragged batches")
+    if (seen := options.pop("seen_options", None)) is not None:
+        seen[module] = {"scaling": scaling, **{name: options[name] for name in options if name != "sequence_lengths"}}
     for option, word in _REFUSED.items():
         if options.get(option) is not None:
             raise BaseModelError(f"{type(module).__name__} uses {word} attention, which ragged batches do not support")
@@ -160,8 +163,8 @@ def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
-    """Return the last hidden states of a ragged batch, shape (T, D).
+def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) -> Tensor:
+    """Return the last hidden states of a ragged batch, shape (T, D); options go down to the attention function.
 
     Raises:
         BaseModelError: Outside of `ragged_attention(model)`, where sequences might see each other.
@@ -174,6 +177,7 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
             position_ids=batch.positions[None].to(model.device),
             use_cache=False,
             sequence_lengths=batch.lengths,
+            **options,
         )
     return out.last_hidden_state[0]
 

@@ -58,11 +58,16 @@ def sum_product(z_NR: Tensor, y_NO: Tensor) -> Tensor:
     return product(z_NR.T.contiguous(), y_NO.T)
 
 
-def merging_pays(num_rows: int, W_OI: Tensor) -> bool:
+def merging_pays(num_rows: int, W_OI: Tensor | tuple[int, ...], dtype: torch.dtype = torch.float32) -> bool:
     """Tell whether `x (W + s B A)ᵀ` is cheaper than `x Wᵀ + s (x Aᵀ) Bᵀ`, forward and backward.
 
-    Merging costs 2·R·I·O operations each way, the factored form 2·N·R·(I + O): the rank drops out. Weights of 16 bits
-    are never merged: the update would be rounded away.
+    Merging costs 2·R·I·O operations each way, the factored form 2·N·R·(I + O): the rank drops out. In 16 bits nothing
+    is ever merged: the update would be rounded away.
+
+    Args:
+        num_rows: N.
+        W_OI: The weight, or its shape where it is stored in fewer bits.
+        dtype: What is computed in, where only a shape is given.
 
     Example:
         >>> [merging_pays(rows, torch.ones(512, 512)) for rows in (255, 256)]
@@ -71,6 +76,6 @@ def merging_pays(num_rows: int, W_OI: Tensor) -> bool:
     Source:
         Cherniuk et al. 2023, RunLoRA, arXiv:2312.03415, forward2 and backward4.
     """
-    out_features, in_features = W_OI.shape
-    enough = num_rows * (in_features + out_features) >= MERGE_SHARE * in_features * out_features
-    return enough and W_OI.dtype.itemsize >= 4
+    shape, dtype = (W_OI.shape, W_OI.dtype) if isinstance(W_OI, Tensor) else (W_OI, dtype)
+    out_features, in_features = shape
+    return dtype.itemsize >= 4 and num_rows * (in_features + out_features) >= MERGE_SHARE * in_features * out_features

@@ -36,3 +36,17 @@ def dora_linear(
     """Return `ratio · (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias`, shape (N, O)."""
     out_NO = ratio_O * (F.linear(x_NI, W_OI) + scaling * (x_NI @ A_RI.T @ B_OR.T))
     return out_NO if bias_O is None else out_NO + bias_O
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """Return `x / sqrt(mean(x²) + epsilon) · (weight + offset)`, the mean over the last axis."""
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * (weight_D + offset)
+
+
+def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Return heads of which the first C numbers are turned by the angles of their positions, shape (T, H, E)."""
+    size = cos_TC.shape[-1]
+    turned, rest = x_THE[..., :size], x_THE[..., size:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos_TC[:, None] + torch.cat([-high, low], dim=-1) * sin_TC[:, None]
+    return torch.cat([turned, rest], dim=-1)

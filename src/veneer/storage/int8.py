@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.storage.checks import checked
 from veneer.storage.layer import StoredLinear
-from veneer.storage.panels import panel_linear
+from veneer.storage.panels import Decode
 from veneer.storage.rounding import to_int8
 
 
@@ -74,9 +74,10 @@ class Int8Linear(StoredLinear):
         """The stored weight: codes, bits of the scales."""
         return self.codes_OI, self.scale_bits_O
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x of shape (..., in), in the dtype of x."""
-        return panel_linear(x, self.bias, _decode, self.out_features, self.stored)
+    @property
+    def decode(self) -> Decode:
+        """The function that reads rows of the weight."""
+        return _decode
 
 
 def quantise_int8(linear: nn.Linear) -> Int8Linear:

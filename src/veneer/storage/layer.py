@@ -1,12 +1,16 @@
 """What linear layers with a stored weight share, whatever it is stored in."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
+from veneer.storage.panels import Decode, decoded_panels, panel_linear
 
 
 class StoredLinear(nn.Module):
-    """The sizes and the frozen bias of a linear layer; a storage adds its buffers, `stored` and `forward`.
+    """The sizes and the frozen bias of a linear layer; a storage adds its buffers, `stored` and `decode`.
 
     Args:
         in_features: Size of an input row.
@@ -32,6 +36,19 @@ class StoredLinear(nn.Module):
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that the weight is stored in."""
         raise NotImplementedError
+
+    @property
+    def decode(self) -> Decode:
+        """The function that reads rows of the weight from them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x of shape (..., in), in the dtype of x."""
+        return panel_linear(x, self.bias, self.decode, self.out_features, self.stored)
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield runs of rows and those rows of the weight, in one buffer that the next ones overwrite."""
+        return decoded_panels(self.decode, self.stored, (self.out_features, self.in_features), dtype)
 
     @property
     def stored_bytes(self) -> int:

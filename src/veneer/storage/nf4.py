@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.storage.checks import checked
 from veneer.storage.layer import StoredLinear
-from veneer.storage.panels import BLOCK, panel_linear
+from veneer.storage.panels import BLOCK, Decode
 from veneer.storage.rounding import CHUNK, to_int8
 
 GROUP = 256
@@ -135,9 +135,10 @@ class NF4Linear(StoredLinear):
         """The stored weight: codes, codes of the scales, bits of their scales, bits of their mean."""
         return self.bytes_Y, self.absmax_codes_K, self.absmax_scale_bits_G, self.absmax_mean_bits
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x of shape (..., in), in the dtype of x."""
-        return panel_linear(x, self.bias, _decode, self.out_features, self.stored)
+    @property
+    def decode(self) -> Decode:
+        """The function that reads rows of the weight."""
+        return _decode
 
 
 def quantise_nf4(linear: nn.Linear) -> NF4Linear:

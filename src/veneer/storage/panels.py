@@ -3,7 +3,7 @@
 Shapes: N rows, I in, O out, P a panel of the O rows of the weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,17 @@ def _scratch(out_features: int, in_features: int, device: torch.device) -> tuple
     return torch.empty(rows * in_features + BLOCK, dtype=torch.float32, device=device), rows
 
 
+def decoded_panels(
+    decode: Decode, stored: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of rows of a weight (O, I) and those rows in a dtype, in one buffer that the next ones overwrite."""
+    out_features, in_features = shape
+    scratch, rows = _scratch(out_features, in_features, stored[0].device)
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        yield slice(start, stop), decode(stored, start, stop, in_features, scratch).to(dtype)
+
+
 class _PanelLinear(torch.autograd.Function):
     """Saves references to the stored tensors, and nothing of size N; see `panel_linear`."""
 
@@ -49,14 +60,11 @@ class _PanelLinear(torch.autograd.Function):
         x_NI: Tensor, bias_O: Tensor | None, decode: Decode, out_features: int, stored: tuple[Tensor, ...]
     ) -> Tensor:
         in_features = x_NI.shape[1]
-        scratch, rows = _scratch(out_features, in_features, x_NI.device)
         y_NO = x_NI.new_empty(x_NI.shape[0], out_features)
         if bias_O is not None:
             y_NO.copy_(bias_O)
-        for start in range(0, out_features, rows):
-            stop = min(start + rows, out_features)
-            W_PI = decode(stored, start, stop, in_features, scratch).to(x_NI.dtype)
-            y_NO[:, start:stop].addmm_(x_NI, W_PI.T, beta=0 if bias_O is None else 1)
+        for rows, W_PI in decoded_panels(decode, stored, (out_features, in_features), x_NI.dtype):
+            y_NO[:, rows].addmm_(x_NI, W_PI.T, beta=0 if bias_O is None else 1)
         return y_NO
 
     @staticmethod
@@ -76,17 +84,15 @@ class _PanelLinear(torch.autograd.Function):
 
 def _input_gradient(dy_NO: Tensor, decode: Decode, in_features: int, stored: tuple[Tensor, ...]) -> Tensor:
     num_rows, out_features = dy_NO.shape
-    scratch, rows = _scratch(out_features, in_features, dy_NO.device)
     # A sum over many panels in 16 bits would lose what a single product, which sums in 32, does not.
-    wide = torch.float32 if dy_NO.dtype.itemsize < 4 and rows < out_features else dy_NO.dtype
+    several = panel_rows(out_features, in_features, dy_NO.device) < out_features
+    wide = torch.float32 if dy_NO.dtype.itemsize < 4 and several else dy_NO.dtype
     dx_NI = dy_NO.new_empty(num_rows, in_features, dtype=wide)
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
-        W_PI = decode(stored, start, stop, in_features, scratch).to(dy_NO.dtype)
-        dy_NP = dy_NO[:, start:stop]
+    for rows, W_PI in decoded_panels(decode, stored, (out_features, in_features), dy_NO.dtype):
+        dy_NP = dy_NO[:, rows]
         if wide == dy_NO.dtype:
-            dx_NI.addmm_(dy_NP, W_PI, beta=0 if start == 0 else 1)
-        elif start == 0:
+            dx_NI.addmm_(dy_NP, W_PI, beta=0 if rows.start == 0 else 1)
+        elif rows.start == 0:
             dx_NI.copy_(dy_NP @ W_PI)
         else:
             dx_NI.add_(dy_NP @ W_PI)

@@ -1,0 +1,190 @@
+"""Decoder layers of the usual build, computed by functions that keep little for backward.
+
+A layer is known by the names of its parts and proved by a probe: where the fast way does not give what the layer's own
+`forward` gives, the layer stays as it is. Shapes: T tokens, D hidden, H heads, E head size, F gate.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.base.ragged import ATTENTION, ragged_attention_forward
+from veneer.nn.layer import has_hooks
+from veneer.nn.norms import rms_norm_of
+from veneer.nn.projection import projection_of
+from veneer.ops.norm import RMSNorm, rms_norm
+from veneer.ops.projections import ACTIVATIONS, Activation, gated_projection, project
+from veneer.ops.rotary import rotate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the norms of a decoder layer stand, by name.
+
+    Args:
+        attention: Before attention.
+        after_attention: Between attention and the residual sum, or None.
+        mlp: Before the gated layers.
+        after_mlp: Between them and the residual sum, or None.
+    """
+
+    attention: str
+    mlp: str
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+    @property
+    def norms(self) -> set[str]:
+        """The names of all of them."""
+        names = (self.attention, self.mlp, self.after_attention, self.after_mlp)
+        return {name for name in names if name is not None}
+
+
+LAYOUTS = (
+    Layout("input_layernorm", "post_attention_layernorm"),
+    Layout(
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        after_attention="post_attention_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+)
+"""Before each half (Llama, Mistral, Qwen, SmolLM, Gemma 1), and before and behind each half (Gemma 2 and 3)."""
+
+_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A decoder layer with what was found out about it.
+
+    Args:
+        layer: The layer.
+        layout: Where its norms stand.
+        norms: What each norm computes with, by name; of heads as `q_norm` and `k_norm`.
+        activation: Of its gate.
+        head_size: E.
+        options: What the layer gives to the attention function beside queries, keys, values and lengths.
+    """
+
+    layer: nn.Module
+    layout: Layout
+    norms: Mapping[str, RMSNorm]
+    activation: Activation
+    head_size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> nn.Module:
+        """Return one of the layer's modules by its path."""
+        return self.layer.get_submodule(name)
+
+    def forward(
+        self, hidden_1TD: Tensor, *, position_embeddings: tuple[Tensor, Tensor], sequence_lengths: tuple[int, ...]
+    ) -> Tensor:
+        """Return what the layer makes of the rows of a ragged batch."""
+        x_TD = hidden_1TD[0]
+        out_TD = self._attention(x_TD, position_embeddings, sequence_lengths)
+        x_TD = x_TD + self._normed(out_TD, self.layout.after_attention)
+        out_TD = self._mlp(x_TD)
+        return (x_TD + self._normed(out_TD, self.layout.after_mlp))[None]
+
+    def _normed(self, x: Tensor, name: str | None) -> Tensor:
+        return rms_norm(x, self.norms[name]) if name in self.norms else x
+
+    def _projected(self, x_TD: Tensor, norm: str, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Return several layers' outputs for one normalised input."""
+        modules = [self.part(name) for name in names]
+        found = [projection_of(module, x_TD) for module in modules]
+        if (fusible := [one for one in found if one is not None]) and len(fusible) == len(found):
+            return project(x_TD, fusible, self.norms[norm])
+        y_TD = rms_norm(x_TD, self.norms[norm])
+        return tuple(module(y_TD) for module in modules)
+
+    def _attention(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
+        names = tuple(f"self_attn.{name}" for name in _ATTENTION_PARTS)
+        q_THE, k_THE, v_THE = (
+            part.unflatten(-1, (-1, self.head_size)) for part in self._projected(x_TD, self.layout.attention, names[:3])
+        )
+        cos_TC, sin_TC = (part[0] for part in turns)
+        q_THE = rotate(self._normed(q_THE, "q_norm"), cos_TC, sin_TC)
+        k_THE = rotate(self._normed(k_THE, "k_norm"), cos_TC, sin_TC)
+        q_1HTE, k_1HTE, v_1HTE = (part.transpose(0, 1)[None] for part in (q_THE, k_THE, v_THE))
+        attention = self.part("self_attn")
+        out, _ = ragged_attention_forward(
+            attention, q_1HTE, k_1HTE, v_1HTE, None, sequence_lengths=lengths, **self.options
+        )
+        out_TD = out[0].flatten(1)
+        output = self.part(names[3])
+        projection = projection_of(output, out_TD)
+        return output(out_TD) if projection is None else project(out_TD, [projection])[0]
+
+    def _mlp(self, x_TD: Tensor) -> Tensor:
+        names = tuple(f"mlp.{name}" for name in _MLP_PARTS)
+        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, names[:2])
+        down = self.part(names[2])
+        projection = projection_of(down, gate_TF)
+        if projection is None:
+            return down(self.activation.forward(gate_TF) * up_TF)
+        return gated_projection(gate_TF, up_TF, self.activation, projection)
+
+
+def recognise(layer: nn.Module, options: Mapping[str, Any]) -> Block | None:
+    """Return a decoder layer as a block if its parts have the names and kinds of one; nothing is computed with it yet.
+
+    Args:
+        layer: Any module.
+        options: What it was seen to give to the attention function.
+    """
+    children = dict(layer.named_children())
+    layout = next((one for one in LAYOUTS if set(children) == {"self_attn", "mlp", *one.norms}), None)
+    if layout is None or has_hooks(layer) or not _is_untouched(layer):
+        return None
+    attention, mlp = dict(children["self_attn"].named_children()), dict(children["mlp"].named_children())
+    head_norms = {name for name in ("q_norm", "k_norm") if name in attention}
+    activations = [name for name in mlp if name not in _MLP_PARTS]
+    if set(attention) != {*_ATTENTION_PARTS, *head_norms} or not {*_MLP_PARTS} <= set(mlp) or len(activations) != 1:
+        return None
+    modules = {name: children[name] for name in layout.norms} | {name: attention[name] for name in head_norms}
+    norms = {name: found for name, module in modules.items() if (found := rms_norm_of(module)) is not None}
+    activation = _activation_of(mlp[activations[0]])
+    head_size = vars(children["self_attn"]).get("head_dim")
+    if len(norms) < len(modules) or activation is None or not isinstance(head_size, int):
+        return None
+    return Block(layer, layout, norms, activation, head_size, dict(options))
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    """Tell whether nobody watches or changes the modules between the layer and its linear layers."""
+    inner = [layer, *layer.children(), *(part for child in layer.children() for part in child.children())]
+    return not any(has_hooks(module) for module in inner)
+
+
+def _activation_of(module: nn.Module) -> Activation | None:
+    """Return the known function that a module computes, by its values."""
+    x = torch.linspace(-6, 6, 49)
+    for one in ACTIVATIONS.values():
+        if torch.allclose(module(x), one.forward(x), rtol=1e-6, atol=1e-6):
+            return one
+    return None
+
+
+Forward = Callable[..., Any]
+
+
+def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+    """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else."""
+    lengths = options.get("sequence_lengths")
+    turns = options.get("position_embeddings")
+    plain = not args and options.get("past_key_values") is None and options.get("attention_mask") is None
+    if not plain or lengths is None or turns is None or torch.is_autocast_enabled(hidden_states.device.type):
+        return own_forward(hidden_states, *args, **options)
+    return block.forward(hidden_states, position_embeddings=turns, sequence_lengths=lengths)
+
+
+def is_ragged(module: nn.Module) -> bool:
+    """Tell whether a layer's attention is the one that takes ragged batches."""
+    return vars(module)["config"]._attn_implementation == ATTENTION

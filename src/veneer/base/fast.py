@@ -1,0 +1,171 @@
+"""Let a model's frozen parts be computed by functions that keep little and run fast, for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.base.blocks import Block, block_forward, recognise
+from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.nn.attach import find_attachment
+from veneer.nn.modes import evaluating
+from veneer.nn.norms import rms_norm_of
+from veneer.ops.norm import RMSNorm, rms_norm
+
+_LENGTHS = (5, 8)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class FastModules:
+    """What is computed the fast way.
+
+    Args:
+        blocks: Paths of decoder layers.
+        norms: Paths of norms outside of them.
+        left: Path of each decoder layer that stays as it is, and why.
+    """
+
+    blocks: tuple[str, ...]
+    norms: tuple[str, ...]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.blocks)} decoder layers and {len(self.norms)} more norms are computed the fast way"]
+        for reason in dict.fromkeys(self.left.values()):
+            count = sum(one == reason for one in self.left.values())
+            parts.append(f"{count} decoder layers are computed by transformers: {reason}")
+        return "; ".join(parts)
+
+
+@contextmanager
+def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
+    """Compute decoder layers and norms by our own functions within the block; afterwards the model is as it was.
+
+    What a layer gives is proved before: on two short sequences, each layer that is replaced gave what it gives by
+    itself, up to rounding. Modules keep their class, their names, their parameters and their place; only calls with a
+    ragged batch go the fast way, so that generating within the block is what it was.
+
+    Args:
+        model: A decoder of transformers, with an adapter attached or not.
+
+    Yields:
+        What was replaced, and what was left and why.
+
+    Example:
+        with ragged_attention(model), fast_modules(model) as fast:
+            print(fast)
+            loss = summed_loss(model, batch)
+    """
+    with ExitStack() as stack:
+        yield _install(model, stack)
+
+
+def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
+    blocks, left = _blocks(model, decoder_layers(model))
+    for block in blocks.values():
+        _replace(stack, block.layer, partial(block_forward, block, block.layer.forward))
+    norms = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{one}.") for one in blocks)
+        if not inside and not list(module.children()) and (norm := rms_norm_of(module)) is not None:
+            norms[path] = norm
+            _replace(stack, module, partial(_norm_forward, norm))
+    return FastModules(tuple(blocks), tuple(norms), left)
+
+
+def _norm_forward(norm: RMSNorm, x: Tensor) -> Tensor:
+    return rms_norm(x, norm)
+
+
+def _replace(stack: ExitStack, module: nn.Module, forward: Any) -> None:
+    """Let a module's calls go to a function until the stack unwinds."""
+    vars(module)["forward"] = forward
+    stack.callback(vars(module).pop, "forward")
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the items of the decoder's longest list of modules by their paths: its layers."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    own = [(path, module) for path, module in lists if id(module) in inside]
+    if not own:
+        return {}
+    path, longest = max(own, key=lambda one: len(one[1]))
+    return {f"{path}.{place}": layer for place, layer in enumerate(longest)}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer was called with and what it gave."""
+
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+    output: Any
+
+
+@contextmanager
+def _watching(layers: Mapping[str, nn.Module], calls: dict[str, _Call]) -> Iterator[None]:
+    def note(path: str, _: nn.Module, args: Any, options: Any, output: Any) -> None:
+        calls[path] = _Call(args, options, output)
+
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            handle = layer.register_forward_hook(partial(note, path), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _probing(model: PreTrainedModel) -> Iterator[None]:
+    """The base alone, in training mode (where dropout would show), nothing drawn from the caller's random numbers."""
+    attachment = find_attachment(model)
+    bare = nullcontext() if attachment is None else attachment.routing.everywhere(None)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), bare:
+        model.train()  # `evaluating` puts every module's mode back
+        yield
+
+
+def _blocks(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Block], dict[str, str]]:
+    """Return the layers that are proved to be blocks, and why the others are not."""
+    calls: dict[str, _Call] = {}
+    asked: dict[nn.Module, dict[str, Any]] = {}
+    total = sum(_LENGTHS)
+    token_ids = torch.arange(total) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
+    batch = RaggedBatch(token_ids, torch.zeros(total, dtype=torch.bool), _LENGTHS)
+    blocks: dict[str, Block] = {}
+    left: dict[str, str] = {}
+    with _probing(model), ragged_attention(model):
+        with _watching(layers, calls):
+            hidden_states(model, batch, seen_options=asked)
+        for path, layer in layers.items():
+            block = recognise(layer, asked.get(dict(layer.named_children()).get("self_attn"), {}))
+            if block is None:
+                left[path] = "their parts are not those of a layer that is known"
+            elif (reason := _refuted(block, calls.get(path))) is not None:
+                left[path] = reason
+            else:
+                blocks[path] = block
+    return blocks, left
+
+
+def _refuted(block: Block, call: _Call | None) -> str | None:
+    """Return why a block does not stand for its layer, or None where both gave the same."""
+    if call is None or len(call.args) != 1 or "position_embeddings" not in call.options:
+        return "they are called in another way"
+    (hidden,), output = call.args, call.output
+    if not isinstance(output, Tensor) or hidden.dtype not in _TOLERANCE:
+        return "they give another kind of output"
+    got = block.forward(
+        hidden,
+        position_embeddings=call.options["position_embeddings"],
+        sequence_lengths=call.options["sequence_lengths"],
+    )
+    error = ((got - output).abs().max() / (output - hidden).abs().max()).item()
+    return None if error <= _TOLERANCE[hidden.dtype] else f"the fast way gave something else (by {error:.1g})"

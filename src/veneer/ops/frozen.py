@@ -1,0 +1,98 @@
+"""Products with a frozen weight and its update, whatever the weight is stored in.
+
+Shapes: N rows, I in, O out, R rank, P a panel of the O rows of the weight.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.ops.lora import merged_weight
+from veneer.ops.product import merging_pays, product
+
+Panels = Callable[[torch.dtype], Iterator[tuple[slice, Tensor]]]
+"""Yields runs of rows and those rows of the weight in a dtype; they may be written into until the next is asked for."""
+
+
+class Update(NamedTuple):
+    """A low-rank update `scaling · B A` of a weight."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenWeight:
+    """A weight (O, I) that gets no gradient: a tensor, or decoded panel by panel.
+
+    Args:
+        shape: (O, I).
+        dense: The weight itself.
+        panels: What decodes it, where it is not.
+    """
+
+    shape: tuple[int, int] | torch.Size
+    dense: Tensor | None = None
+    panels: Panels | None = None
+
+    def walk(self, dtype: torch.dtype, update: Update | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the rows of `W + s B A`, all at once where nothing needs decoding."""
+        if self.dense is not None:
+            W_OI = self.dense if update is None else merged_weight(self.dense, *update)
+            yield slice(0, self.shape[0]), W_OI
+        elif self.panels is not None:
+            for rows, W_PI in self.panels(dtype):
+                if update is not None:
+                    W_PI.addmm_(update.B_OR[rows], update.A_RI, alpha=update.scaling)
+                yield rows, W_PI
+
+
+def apply_weight(x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, update: Update | None) -> Tensor:
+    """Return `x (W + s B A)ᵀ + bias`, in the cheaper order; no gradient of its own.
+
+    Equals `ops.reference.lora_linear` for a dense weight.
+
+    Example:
+        >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
+        >>> apply_weight(torch.ones(1, 3), weight, None, Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)).tolist()
+        [[4.5, 4.5]]
+    """
+    merged = update if update is not None and merging_pays(x_NI.shape[0], weight.shape, x_NI.dtype) else None
+    y_NO: Tensor | None = None
+    for rows, W_PI in weight.walk(x_NI.dtype, merged):
+        part_NP = product(x_NI, W_PI, None if bias_O is None else bias_O[rows])
+        if W_PI.shape[0] == weight.shape[0]:
+            y_NO = part_NP
+        else:
+            y_NO = x_NI.new_empty(x_NI.shape[0], weight.shape[0]) if y_NO is None else y_NO
+            y_NO[:, rows] = part_NP
+    assert y_NO is not None
+    if update is not None and merged is None:
+        y_NO.addmm_(product(x_NI, update.A_RI), update.B_OR.T, alpha=update.scaling)
+    return y_NO
+
+
+def apply_transposed(dy_NO: Tensor, weight: FrozenWeight, update: Update | None, dz_NR: Tensor | None) -> Tensor:
+    """Return `dy (W + s B A)`, the gradient of the input; `dz` is `s · dy B`.
+
+    Example:
+        >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
+        >>> apply_transposed(torch.ones(1, 2), weight, None, None).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
+    merged = update if update is not None and merging_pays(dy_NO.shape[0], weight.shape, dy_NO.dtype) else None
+    dx_NI: Tensor | None = None
+    for rows, W_PI in weight.walk(dy_NO.dtype, merged):
+        part_NI = product(dy_NO[:, rows], W_PI.T)
+        # A sum over many panels in 16 bits would lose what a single product, which sums in 32, does not.
+        widens = dy_NO.dtype.itemsize < 4 and W_PI.shape[0] < weight.shape[0]
+        dx_NI = (part_NI.float() if widens else part_NI) if dx_NI is None else dx_NI.add_(part_NI)
+    assert dx_NI is not None
+    dx_NI = dx_NI.to(dy_NO.dtype)
+    if update is not None and merged is None and dz_NR is not None:
+        dx_NI.addmm_(dz_NR, update.A_RI)
+    return dx_NI

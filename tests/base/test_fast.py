@@ -1,0 +1,245 @@
+"""Decoders computed the fast way give what they give by themselves, gradients included, and are left as they were."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tests.conftest import SIZES
+from torch import nn
+
+from veneer.base.fast import fast_modules
+from veneer.base.load import quantise_base
+from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.config import LoRAConfig
+from veneer.nn.attach import attach, detach
+from veneer.scoring.loss import summed_loss
+
+LENGTHS = (3, 7, 7, 1, 12)
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral, window": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma3": ("Gemma3", {**GEMMA, "sliding_window": 4}),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0}),
+}
+"""Families of which every layer is computed the fast way."""
+
+GPT2_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+OTHERS = {
+    "granite": ("Granite", {"residual_multiplier": 0.5}),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "gpt2": (
+        "GPT2",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+}
+"""Families whose layers are built in another way: their own code computes them."""
+
+
+def model_of(name: str, changes: dict) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    suffix = "TextConfig" if name == "Gemma3" else "Config"
+    sizes = {"vocab_size": 259} if name == "GPT2" else SIZES
+    config = getattr(transformers, f"{name}{suffix}")(**{**sizes, **changes})
+    model_class = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, model_class)(config)
+    for parameter in model.parameters():  # norms at their start would hide a gain that is forgotten
+        nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+def batch(seed: int = 0) -> RaggedBatch:
+    ids = torch.randint(3, 200, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
+    supervised = torch.ones_like(ids, dtype=torch.bool)
+    supervised[[0, 3, 10, 17, 18]] = False
+    return RaggedBatch(ids, supervised, LENGTHS)
+
+
+def attached(model, **changes):
+    attachment = attach(model, LoRAConfig(**{"rank": 4, "alpha": 8, **changes}))
+    torch.manual_seed(1)
+    for name, parameter in attachment.parameters().items():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = summed_loss(model, batch())
+    loss.backward()
+    return loss.item(), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def assert_same(expected, got, tolerance: float = 1e-4) -> None:
+    assert got[0] == pytest.approx(expected[0], rel=tolerance)
+    assert got[1].keys() == expected[1].keys()
+    largest = max(one.abs().max() for one in expected[1].values())
+    assert largest > 0
+    for name, one in expected[1].items():
+        assert (got[1][name] - one).abs().max() <= tolerance * max(one.abs().max(), largest * 1e-3), name
+
+
+def both_ways(model):
+    with ragged_attention(model):
+        expected = loss_and_gradients(model)
+        with fast_modules(model) as fast:
+            return fast, expected, loss_and_gradients(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_the_fast_way(family):
+    model = attached(model_of(*FAMILIES[family]))
+    fast, expected, got = both_ways(model)
+    assert len(fast.blocks) == 2, str(fast)
+    assert len(fast.norms) == 1
+    assert_same(expected, got)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_layers_stay_their_own(family):
+    model = attached(model_of(*OTHERS[family]))
+    fast, expected, got = both_ways(model)
+    assert not fast.blocks, str(fast)
+    assert len(fast.left) == 2
+    assert "computed by transformers" in str(fast)
+    assert_same(expected, got)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"freeze_A": True},
+        {"modules_to_save": ("lm_head", "input_layernorm"), "target_modules": ["q_proj", "k_proj"]},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+        {"init": "pissa"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter(changes):
+    model = attached(model_of("Llama", {}), **changes)
+    _, expected, got = both_ways(model)
+    assert_same(expected, got)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_quantised_layers(storage):
+    model = model_of("Llama", {"hidden_size": 64, "intermediate_size": 128})
+    quantise_base(model, storage)
+    fast, expected, got = both_ways(attached(model))
+    assert len(fast.blocks) == 2
+    assert_same(expected, got)
+
+
+def test_sixteen_bits():
+    model = attached(model_of("Qwen3", {"head_dim": 8}).bfloat16())
+    fast, expected, got = both_ways(model)
+    assert len(fast.blocks) == 2
+    assert_same(expected, got, tolerance=0.1)
+
+
+def test_dropout_of_the_adapter_draws_what_it_draws():
+    model = attached(model_of("Llama", {}), dropout=0.5)
+    found = []
+    with ragged_attention(model):
+        torch.manual_seed(3)
+        found.append(loss_and_gradients(model))
+        with fast_modules(model):
+            torch.manual_seed(3)
+            found.append(loss_and_gradients(model))
+    assert_same(*found)
+
+
+def test_dropout_of_the_base_is_left_to_it():
+    model = attached(model_of("Llama", {"attention_dropout": 0.5}))
+    with ragged_attention(model), fast_modules(model) as fast:
+        assert not fast.blocks
+        assert "something else" in str(fast)
+
+
+def test_checkpointing_within():
+    model = attached(model_of("Llama", {}))
+    with ragged_attention(model):
+        expected = loss_and_gradients(model)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        with fast_modules(model):
+            got = loss_and_gradients(model)
+    assert_same(expected, got)
+
+
+def test_the_model_is_as_it_was():
+    model = attached(model_of("Gemma3", {**GEMMA, "sliding_window": 4}))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    with fast_modules(model):
+        assert any("forward" in vars(module) for module in model.modules())
+        assert model.state_dict().keys() == state.keys()
+    with pytest.raises(RuntimeError, match="inside"), fast_modules(model):
+        raise RuntimeError("inside")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert {name: set(one) for name, one in after.items()} == {name: set(one) for name, one in before.items()}
+    assert all(one["training"] == before[name]["training"] for name, one in after.items())
+    detach(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_calls_that_are_not_ragged_are_the_models_own():
+    model = attached(model_of("Llama", {})).eval()
+    ids = torch.arange(3, 15)[None]
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    with fast_modules(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+
+
+def test_a_watched_layer_is_left_alone():
+    model = attached(model_of("Llama", {}))
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    with ragged_attention(model), fast_modules(model) as fast:
+        seen.clear()
+        summed_loss(model, batch())
+    assert list(fast.left) == ["model.layers.0"]
+    assert seen == [1]
+
+
+def test_a_layer_that_is_named_alike_and_computes_something_else_is_left_alone():
+    model = attached(model_of("Llama", {}))
+    kind = type(model.model.layers[0].mlp)
+
+    class Doubled(kind):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.layers[0].mlp.__class__ = Doubled
+    fast, expected, got = both_ways(model)
+    assert fast.blocks == ("model.layers.1",)
+    assert "something else" in fast.left["model.layers.0"]
+    assert_same(expected, got)
+
+
+def test_sequences_never_see_each_other():
+    """One changed token changes no number of another sequence, bit for bit."""
+    model = attached(model_of("Llama", {})).eval()
+    first = batch()
+    ids = first.token_ids.clone()
+    ids[5] += 1
+    second = RaggedBatch(ids, first.supervised, LENGTHS)
+    with ragged_attention(model), fast_modules(model), torch.no_grad():
+        before, after = hidden_states(model, first), hidden_states(model, second)
+    same = (before == after).all(dim=1)
+    assert same[:3].all()
+    assert same[10:].all()
+    assert not same[5:10].any()

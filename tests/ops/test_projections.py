@@ -1,0 +1,150 @@
+"""Fused projections equal the same made of references, gradients included, dense or decoded panel by panel."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.ops import reference
+from veneer.ops.frozen import FrozenWeight
+from veneer.ops.norm import RMSNorm
+from veneer.ops.projections import ACTIVATIONS, Projection, gated_projection, project
+
+SCALING = 0.7
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def frozen(W: Tensor, panel: int | None) -> FrozenWeight:
+    """A weight as a tensor, or as copies of runs of its rows."""
+    if panel is None:
+        return FrozenWeight(W.shape, W)
+
+    def panels(dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        scratch = torch.empty(panel, W.shape[1], dtype=dtype)
+        for start in range(0, W.shape[0], panel):
+            rows = W[start : start + panel]
+            yield slice(start, start + len(rows)), scratch[: len(rows)].copy_(rows)
+
+    return FrozenWeight(W.shape, panels=panels)
+
+
+def layers(inputs: int, sizes: list[tuple[int, int]], dtype: torch.dtype) -> list[dict[str, Tensor | None]]:
+    """Weights, biases and factors of layers of some (outputs, rank); rank 0 is a layer without an update."""
+    return [
+        {
+            "W": draw(outputs, inputs, seed=place, dtype=dtype),
+            "bias": draw(outputs, seed=place, dtype=dtype) if place % 2 else None,
+            "A": draw(rank, inputs, seed=place, dtype=dtype) if rank else None,
+            "B": draw(outputs, rank, seed=place, dtype=dtype) if rank else None,
+        }
+        for place, (outputs, rank) in enumerate(sizes)
+    ]
+
+
+def leaf(one: Tensor | None) -> Tensor | None:
+    return None if one is None else one.clone().requires_grad_()
+
+
+def plainly(x: Tensor, one: dict[str, Tensor | None]) -> Tensor:
+    if one["A"] is None:
+        return torch.nn.functional.linear(x, one["W"], one["bias"])
+    return reference.lora_linear(x, one["W"], one["bias"], one["A"], one["B"], SCALING)
+
+
+def fused(one: dict[str, Tensor | None], panel: int | None) -> Projection:
+    factors = None if one["A"] is None else (one["A"], one["B"])
+    return Projection(frozen(one["W"], panel), one["bias"], factors, SCALING)
+
+
+def run(function, x: Tensor, made: list[dict[str, Tensor | None]]) -> list[Tensor]:
+    """Outputs and gradients of a function of an input and layers."""
+    x = leaf(x)
+    made = [{**one, "A": leaf(one["A"]), "B": leaf(one["B"])} for one in made]
+    outs = function(x, made)
+    torch.autograd.backward(outs, [draw(*out.shape, seed=9, dtype=out.dtype) for out in outs])
+    factors = [one[name] for one in made for name in ("A", "B") if one[name] is not None]
+    return [*(out.detach() for out in outs), x.grad, *(one.grad for one in factors)]
+
+
+@pytest.mark.parametrize("rows", [2, 40], ids=["factored", "merged"])
+@pytest.mark.parametrize("panel", [None, 4, 64], ids=["dense", "panels", "one panel"])
+@pytest.mark.parametrize("norm", [None, 0.0, 1.0], ids=["no norm", "norm", "norm with offset"])
+@pytest.mark.parametrize("sizes", [[(6, 2), (9, 3), (5, 1)], [(6, 2), (9, 0)], [(7, 0)]])
+def test_project_equals_its_parts(rows, panel, norm, sizes):
+    gain = draw(8)
+    made = layers(8, sizes, torch.float64)
+    what = None if norm is None else RMSNorm(gain, 1e-5, norm)
+
+    def parts(x, made):
+        y = x if norm is None else reference.rms_norm(x, gain, 1e-5, norm)
+        return [plainly(y, one) for one in made]
+
+    expected = run(parts, draw(rows, 8), made)
+    got = run(lambda x, made: project(x, [fused(one, panel) for one in made], what), draw(rows, 8), made)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rows", [2, 60], ids=["factored", "merged"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("panel", [None, 3], ids=["dense", "panels"])
+def test_gated_projection_equals_its_parts(rows, name, rank, panel):
+    activation = ACTIVATIONS[name]
+    made = layers(6, [(5, rank)], torch.float64)
+    gate, up = draw(rows, 6, seed=1), draw(rows, 6, seed=2)
+    found = []
+    for function in (
+        lambda gate, up, one: plainly(activation.forward(gate) * up, one),
+        lambda gate, up, one: gated_projection(gate, up, activation, fused(one, panel)),
+    ):
+        leaves = [leaf(gate), leaf(up)]
+        one = {**made[0], "A": leaf(made[0]["A"]), "B": leaf(made[0]["B"])}
+        out = function(*leaves, one)
+        out.backward(draw(rows, 5))
+        leaves += [one[name] for name in ("A", "B") if one[name] is not None]
+        found.append([out.detach(), *(one.grad for one in leaves)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrower_dtypes_are_near(dtype):
+    made = layers(64, [(48, 4), (32, 4)], dtype)
+    norm = RMSNorm(draw(64, dtype=dtype), 1e-5)
+
+    def parts(x, made):
+        return [plainly(reference.rms_norm(x.double(), norm.weight_D.double(), 1e-5), one) for one in made]
+
+    exact = [{name: None if one is None else one.double() for name, one in layer.items()} for layer in made]
+    expected = run(parts, draw(100, 64, dtype=dtype).double(), exact)
+    got = run(lambda x, made: project(x, [fused(one, None) for one in made], norm), draw(100, 64, dtype=dtype), made)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_inputs_that_need_no_gradient_get_none():
+    made = layers(8, [(6, 2)], torch.float64)[0]
+    made["A"], made["B"] = leaf(made["A"]), leaf(made["B"])
+    x = draw(3, 8)
+    project(x, [fused(made, None)])[0].sum().backward()
+    assert x.grad is None
+    assert made["A"].grad is not None
+
+
+def test_little_is_kept():
+    """Of three layers' tensors with 64 rows, only the input before the norm and 1 / rms."""
+    made = layers(8, [(6, 2), (9, 3)], torch.float64)
+    saved: list[Tensor] = []
+    x = draw(64, 8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        gate, up = project(x, [fused(one, None) for one in made[:1] * 2], RMSNorm(draw(8), 1e-5))
+        assert [tuple(one.shape) for one in saved if one.shape[0] == 64] == [(64, 8), (64, 1)]
+        saved.clear()
+        down = layers(6, [(5, 2)], torch.float64)[0]
+        gated_projection(gate, up, ACTIVATIONS["silu"], fused(down, None))
+    assert [one.data_ptr() for one in saved if one.shape[0] == 64] == [gate.data_ptr(), up.data_ptr()]
