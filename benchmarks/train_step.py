@@ -3,7 +3,7 @@
 SmolLM2-135M, float32, LoRA on all linear layers, 4 sequences of 512 tokens, every token supervised; forward, backward,
 clipping, AdamW. Each contender lives in a process of its own; they take turns, one step each, so that both meet the
 same noise; the best of N steps counts. PEFT runs at its strongest on a CPU: sdpa attention, no padding, no mask, one
-fused AdamW.
+fused AdamW; eager and under torch.compile. Beside them the limit: the kernels of our step timed alone.
 
     python benchmarks/train_step.py --rank 8 --steps 8
 """
@@ -14,6 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,6 +33,8 @@ MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4
 
 StepFunction = Callable[[], float]
+Contender = tuple[StepFunction, Callable[[], None], Callable[[], dict[str, float]]]
+"""A step, what comes before the first, and what is measured after the last."""
 
 
 def token_ids() -> torch.Tensor:
@@ -45,10 +49,14 @@ def loaded_model() -> torch.nn.Module:
     return model
 
 
-def veneer_step(rank: int) -> StepFunction:
-    from veneer.base.ragged import RaggedBatch, ragged_attention
+def veneer_step(rank: int) -> Contender:
+    from limit import limit_seconds
+
+    from veneer.base.ragged import RaggedBatch
+    from veneer.config import TrainConfig
     from veneer.scoring.loss import summed_loss
     from veneer.train.optimizer import FlatAdamW
+    from veneer.train.ways import computing
 
     model = loaded_model()
     attachment = veneer.attach(model, veneer.LoRAConfig(rank=rank, alpha=2 * rank))
@@ -57,18 +65,21 @@ def veneer_step(rank: int) -> StepFunction:
     supervised = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
     supervised[:, 0] = False
     batch = RaggedBatch(token_ids().reshape(-1), supervised.reshape(-1), (LENGTH,) * SEQUENCES)
+    ways = ExitStack()  # as a run does: entered once, for all of its steps
 
     def step() -> float:
-        with ragged_attention(model):
-            loss = summed_loss(model, batch) / (SEQUENCES * (LENGTH - 1))
-            loss.backward()
-            optimizer.step(LEARNING_RATE)
+        loss = summed_loss(model, batch) / (SEQUENCES * (LENGTH - 1))
+        loss.backward()
+        optimizer.step(LEARNING_RATE)
         return loss.item()
 
-    return step
+    def start() -> None:
+        ways.enter_context(computing(model, TrainConfig()))
+
+    return step, start, lambda: limit_seconds(model, batch.lengths, SEQUENCES * (LENGTH - 1))
 
 
-def peft_step(rank: int) -> StepFunction:
+def peft_step(rank: int, *, compiled: bool = False) -> Contender:
     import peft
 
     model = loaded_model()
@@ -78,53 +89,68 @@ def peft_step(rank: int) -> StepFunction:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     ids = token_ids()
+    forward = torch.compile(model) if compiled else model
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return step, lambda: None, dict
 
 
-CONTENDERS = {"veneer": veneer_step, "peft": peft_step}
+CONTENDERS = {
+    "veneer": veneer_step,
+    "peft": peft_step,
+    "peft, torch.compile": partial(peft_step, compiled=True),
+    "peft, freed memory kept": peft_step,
+}
+"""The last one gets our allocator's policy by glibc's variables: how much of the difference is that alone."""
+
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 def serve(name: str, rank: int, pipe: Connection) -> None:
     """Make a contender's step, then do one each time the parent asks."""
-    step = CONTENDERS[name](rank)
-    loaded = memory("VmRSS")
-    pipe.send(loaded)
+    step, start_all, finish = CONTENDERS[name](rank)
+    pipe.send(memory("VmRSS"))
+    start_all()
     while pipe.recv():
         start = time.perf_counter()
         loss = step()
         pipe.send((time.perf_counter() - start, loss, memory("VmHWM")))
+    pipe.send(finish())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each, after one to warm up")
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, help="these contenders alone")
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
-    for name in CONTENDERS:
+    for name in arguments.only or CONTENDERS:
         pipes[name], theirs = spawn.Pipe()
+        os.environ.update(KEPT if "kept" in name else {})
         spawn.Process(target=serve, args=(name, arguments.rank, theirs), daemon=True).start()
         results[name] = {"loaded_bytes": pipes[name].recv(), "seconds": [], "losses": []}
+        for variable in KEPT:
+            os.environ.pop(variable, None)
     for number in range(arguments.steps + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
             seconds, loss, peak = pipe.recv()
             results[name]["losses"].append(loss)
             results[name]["peak_bytes"] = peak
-            if number:  # the first one warms up
+            if number:  # the first one warms up, and compiles
                 results[name]["seconds"].append(seconds)
-    for pipe in pipes.values():
+    for name, pipe in pipes.items():
         pipe.send(False)
+        results[name]["limit"] = pipe.recv()
     report(arguments.rank, results)
 
 
@@ -133,13 +159,17 @@ def report(rank: int, results: dict) -> None:
     for one in results.values():
         one["best_seconds"] = min(one["seconds"])
         one["tokens_per_second"] = tokens / one["best_seconds"]
-    ours, theirs = results["veneer"], results["peft"]
+    ours = results["veneer"]
+    peers = {name: one for name, one in results.items() if name in ("peft", "peft, torch.compile")}
+    best = min(peers.values(), key=lambda one: one["best_seconds"], default=ours)
+    limit = sum(ours["limit"].values())
     ratios = {
-        "speed": theirs["best_seconds"] / ours["best_seconds"],
-        "peak_memory": ours["peak_bytes"] / theirs["peak_bytes"],
+        "speed": best["best_seconds"] / ours["best_seconds"],
+        "share_of_limit": limit / ours["best_seconds"],
+        "peak_memory": ours["peak_bytes"] / best["peak_bytes"],
         "peak_memory_above_loaded": (ours["peak_bytes"] - ours["loaded_bytes"])
-        / (theirs["peak_bytes"] - theirs["loaded_bytes"]),
-        "first_loss_difference": abs(ours["losses"][0] - theirs["losses"][0]),
+        / (best["peak_bytes"] - best["loaded_bytes"]),
+        "first_loss_difference": abs(ours["losses"][0] - best["losses"][0]),
     }
     path = save(f"train_step_r{rank}", {"rank": rank, "tokens": tokens, "results": results, "ratios": ratios})
     rows = [
@@ -155,8 +185,10 @@ def report(rank: int, results: dict) -> None:
     ]
     print(table(rows))
     print(
-        f"\nrank {rank}: Veneer runs at {ratios['speed']:.2f} × PEFT's speed, with {ratios['peak_memory']:.2f} of its "
-        f"peak memory ({ratios['peak_memory_above_loaded']:.2f} above the loaded model). {path}"
+        f"\nrank {rank}: Veneer runs at {ratios['speed']:.2f} x the faster of PEFT's, with "
+        f"{ratios['peak_memory_above_loaded']:.2f} of its peak memory above the loaded model "
+        f"({ratios['peak_memory']:.2f} of all), at {ratios['share_of_limit']:.2f} of the limit: its kernels alone take "
+        f"{limit:.2f} s ({', '.join(f'{name} {one:.2f}' for name, one in ours['limit'].items())}). {path}"
     )
 
 

@@ -134,7 +134,7 @@ def test_nothing_is_said_of_a_cache_that_nobody_asked_for(make_run, caplog):
     run(make_run("all"))
     run(make_run("once", TOP, data={"eval": None}, epochs=1))
     run(make_run("off", TOP, cache_prefix="off"))
-    assert "layers" not in log_of(caplog)
+    assert "the lowest" not in log_of(caplog)
 
 
 def test_evaluation_rows_are_kept_in_a_single_epoch_too(make_run, caplog):

@@ -184,7 +184,7 @@ def test_an_old_run_stays_until_the_new_one_is_known_to_be_trainable(make_run, m
 def test_resume_before_the_first_checkpoint_refuses_what_has_changed(make_run, monkeypatch):
     config = make_run(checkpoint_every=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", lambda *_: (_ for _ in ()).throw(RuntimeError("crash")))
+        patch.setattr(loop, "train_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("crash")))
         with pytest.raises(RuntimeError, match="crash"):
             run(config)
     changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"rank": 2})})
@@ -220,9 +220,9 @@ def test_infinite_loss_stops_before_the_update_with_step_and_rows(make_run, monk
     config = make_run()
     calls = []
 
-    def broken(model, batch):
+    def broken(model, batch, below=None, **options):
         calls.append(batch)
-        return original(model, batch) * (float("inf") if len(calls) == 4 else 1.0)
+        return original(model, batch, below, **options) * (float("inf") if len(calls) == 4 else 1.0)
 
     original = step.summed_loss
     monkeypatch.setattr(step, "summed_loss", broken)
@@ -237,10 +237,10 @@ def test_an_infinite_gradient_stops_before_the_update(make_run, monkeypatch):
     config = make_run()
     seen = {}
 
-    def poisoned(model, batch):
+    def poisoned(model, batch, below=None, **options):
         layer = next(iter(veneer.nn.attach.attachment_of(model).layers.values()))
         seen["B"] = layer.slot(0).lora_B
-        loss = original(model, batch)
+        loss = original(model, batch, below, **options)
         layer.slot(0).lora_B.register_hook(lambda grad: grad * float("nan"))
         return loss
 

@@ -93,7 +93,7 @@ class Block:
         return (x_TD + self._normed(out_TD, self.layout.after_mlp))[None]
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
-        return rms_norm(x, self.norms[name]) if name in self.norms else x
+        return rms_norm(x, self.norms[name]) if name is not None and name in self.norms else x
 
     def _projected(self, x_TD: Tensor, norm: str, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """Return several layers' outputs for one normalised input."""

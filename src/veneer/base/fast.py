@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from veneer.base.blocks import Block, block_forward, recognise
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
 from veneer.nn.attach import find_attachment
+from veneer.nn.layer import has_hooks
+from veneer.nn.linear import LoRALinear, plain_forward
 from veneer.nn.modes import evaluating
 from veneer.nn.norms import rms_norm_of
 from veneer.ops.norm import RMSNorm, rms_norm
@@ -77,6 +79,23 @@ def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
             norms[path] = norm
             _replace(stack, module, partial(_norm_forward, norm))
     return FastModules(tuple(blocks), tuple(norms), left)
+
+
+@contextmanager
+def plain_modules(model: nn.Module) -> Iterator[None]:
+    """Compute adapted linear layers by the reference within the block, for anyone who doubts the fast ways.
+
+    Each gives what its base gives and `ops.reference.lora_delta` beside it, with torch's own gradients.
+
+    Example:
+        with ragged_attention(model), plain_modules(model):
+            loss = summed_loss(model, batch, fast=False)
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is LoRALinear and not has_hooks(module):
+                _replace(stack, module, partial(plain_forward, module))
+        yield
 
 
 def _norm_forward(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -145,7 +164,8 @@ def _blocks(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> tuple[di
         with _watching(layers, calls):
             hidden_states(model, batch, seen_options=asked)
         for path, layer in layers.items():
-            block = recognise(layer, asked.get(dict(layer.named_children()).get("self_attn"), {}))
+            inside = set(layer.modules())
+            block = recognise(layer, next((options for module, options in asked.items() if module in inside), {}))
             if block is None:
                 left[path] = "their parts are not those of a layer that is known"
             elif (reason := _refuted(block, calls.get(path))) is not None:

@@ -171,7 +171,7 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
     """
     if model.config._attn_implementation != ATTENTION:
         raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
-    with _routed(model, batch):
+    with routed(model, batch):
         out = model.get_decoder()(
             input_ids=batch.token_ids[None].to(model.device),
             position_ids=batch.positions[None].to(model.device),
@@ -182,7 +182,7 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
     return out.last_hidden_state[0]
 
 
-def _routed(model: PreTrainedModel, batch: RaggedBatch) -> AbstractContextManager[None]:
+def routed(model: PreTrainedModel, batch: RaggedBatch) -> AbstractContextManager[None]:
     """Send each sequence through the slot that the batch names for it, or through an adapter from its invocation on."""
     segments = routed_segments(model, batch)
     return nullcontext() if segments is None else attachment_of(model).routing.using(segments)

@@ -114,6 +114,13 @@ class LoRALinear(LoRALayer):
             return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
         return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
 
+    def plain_segment(self, x_NI: Tensor, slot_index: int | None) -> Tensor:
+        """Return what a segment's rows become, by the reference where there is no magnitude."""
+        slot = None if slot_index is None else self.slot(slot_index)
+        if slot is None or slot.magnitude is not None:
+            return self._segment(x_NI, slot_index)
+        return self.base(x_NI) + self._delta(x_NI, slot, *slot.factors(x_NI.dtype))
+
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias = self.bias
         with torch.no_grad():
@@ -137,3 +144,16 @@ class LoRALinear(LoRALayer):
         pairs = zip(A.chunk(parts), B.chunk(parts, dim=1), strict=True)
         deltas = [lora_delta(self.drop(x_NI, slot), A_part, B_part, slot.scaling) for A_part, B_part in pairs]
         return deltas[0] if parts == 1 else torch.stack(deltas).sum(0)
+
+
+def plain_forward(layer: LoRALinear, x: Tensor) -> Tensor:
+    """Apply an adapted layer as `forward` does, by the reference and torch's own gradients.
+
+    Example:
+        >>> from veneer.nn.routing import Routing
+        >>> layer = LoRALinear(nn.Linear(3, 4), Routing(slot=None))
+        >>> torch.equal(plain_forward(layer, torch.ones(2, 3)), layer.base(torch.ones(2, 3)))
+        True
+    """
+    out = layer.by_segment(x.reshape(-1, x.shape[-1]), layer.plain_segment)
+    return out.view(*x.shape[:-1], out.shape[-1])

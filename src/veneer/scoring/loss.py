@@ -37,16 +37,20 @@ class Loss:
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
 
-def summed_loss(model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates | None = None) -> Tensor:
+def summed_loss(
+    model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates | None = None, *, fast: bool = True
+) -> Tensor:
     """Return the summed cross-entropy of a batch's supervised tokens, a scalar; needs `ragged_attention(model)`.
 
     Only the hidden states that predict a supervised token go through the head, in chunks. The lowest layers are not run
-    where `below` says what they give.
+    where `below` says what they give. Without `fast`, all logits at once go through torch's own cross-entropy.
     """
     places, targets = (part.to(model.device) for part in batch.predictions())
     hidden_TD = hidden_states(model, batch) if below is None else tail_hidden_states(model, batch, below)
     hidden = hidden_TD[places]
     head = model.get_output_embeddings()
+    if not fast:
+        return _chunk_loss(head, hidden, targets)
     if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
     if isinstance(head, LoRALayer) and routed_segments(model, batch) is not None:
@@ -63,6 +67,7 @@ def evaluate_loss(
     *,
     tokens_per_batch: int = 4096,
     recall: Recall | None = None,
+    fast: bool = True,
 ) -> Loss:
     """Return the mean loss of rows in evaluation mode; the model's mode is restored.
 
@@ -72,7 +77,8 @@ def evaluate_loss(
     with evaluating(model), torch.no_grad(), ragged_attention(model):
         for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
             batch = make_batch([rows[index] for index in part])
-            total += summed_loss(model, batch, None if recall is None else recall(part)).item()
+            below = None if recall is None else recall(part)
+            total += summed_loss(model, batch, below, fast=fast).item()
             count += int(batch.supervised.sum())
     return Loss(total / count, count)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter import Adapter
-from veneer.base.ragged import check_ragged, ragged_attention
+from veneer.base.ragged import check_ragged
 from veneer.config import RunConfig, TrainConfig
 from veneer.data.batches import Step, epoch_steps
 from veneer.data.encode import EncodedRows
@@ -37,6 +37,7 @@ from veneer.train.progress import Progress, progress_bar
 from veneer.train.report import draw_losses, model_card, untrained
 from veneer.train.schedule import learning_rate
 from veneer.train.step import peak_rss_bytes, train_step
+from veneer.train.ways import computing
 
 log = logging.getLogger("veneer")
 
@@ -144,7 +145,7 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         run = _Run(model, data, config, folder, metrics, optimizer, state, stop, progress)
         model.train()
         try:
-            with ragged_attention(model):
+            with computing(model, config.train):
                 if state.step < len(schedule):
                     run.recalls = prefix_caches(model, data, [step for _, step in schedule], config.train, folder)
                 _all_steps(run, schedule)
@@ -188,7 +189,9 @@ def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
             run.stop.check()
             rate = learning_rate(settings, number, len(schedule))
             figures = train_step(
-                run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check, run.recalls.train
+                *(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check),
+                recall=run.recalls.train,
+                fast=settings.fast,
             )
             random_state = torch.get_rng_state()
             if number == 1 and figures["grad_norm"] == 0:
@@ -232,8 +235,13 @@ def _evaluate(run: _Run, epoch: float) -> None:
     if run.data.eval is None:
         return
     state, patience = run.state, run.config.train.patience
-    budget = run.config.train.tokens_per_micro_batch
-    loss = evaluate_loss(run.model, run.data.eval.rows, tokens_per_batch=budget, recall=run.recalls.eval)
+    settings = run.config.train
+    loss = evaluate_loss(
+        *(run.model, run.data.eval.rows),
+        tokens_per_batch=settings.tokens_per_micro_batch,
+        recall=run.recalls.eval,
+        fast=settings.fast,
+    )
     run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
     run.progress.evaluated(loss.mean)
     if state.step == 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from veneer.base.ragged import routed
 from veneer.data.batches import Step, make_batch
 from veneer.data.encode import EncodedRow
 from veneer.errors import NonFiniteError
@@ -22,7 +23,9 @@ def train_step(
     step: Step,
     learning_rate: float,
     check: Callable[[], None],
+    *,
     recall: Recall | None = None,
+    fast: bool = True,
 ) -> dict[str, Any]:
     """Train on the rows of a step and return its figures.
 
@@ -30,13 +33,14 @@ def train_step(
     changes nothing but rounding.
 
     Args:
-        model: The attached model, in training mode, within `ragged_attention`.
+        model: The attached model, in training mode, within `train.ways.computing`.
         optimizer: Over the adapter's parameters, gradients cleared.
         rows: All training rows.
         step: Row numbers of each micro-batch.
         learning_rate: Of this step.
         check: Called before each micro-batch; may raise to leave the step before the update.
         recall: Gives what the frozen lowest layers make of rows; None runs them.
+        fast: Whether head and loss are computed in chunks, see `summed_loss`.
 
     Raises:
         NonFiniteError: If the loss or the gradient is not finite, with the rows named; nothing was updated.
@@ -47,13 +51,14 @@ def train_step(
     for micro in step:
         check()
         batch = make_batch([rows[index] for index in micro])
-        total = summed_loss(model, batch) if recall is None else summed_loss(model, batch, recall(micro))
-        part = total / supervised
-        value = part.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss is {value}", [rows[index].source for index in micro])
-        if part.requires_grad:  # it does not where no row calls on an activated adapter
-            part.backward()
+        below = None if recall is None else recall(micro)
+        with routed(model, batch):  # the backward too: checkpointed layers are computed again in it
+            part = summed_loss(model, batch, below, fast=fast) / supervised
+            value = part.item()
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the loss is {value}", [rows[index].source for index in micro])
+            if part.requires_grad:  # it does not where no row calls on an activated adapter
+                part.backward()
         loss += value
     norm = optimizer.step(learning_rate)
     seconds = time.perf_counter() - start

@@ -1,0 +1,52 @@
+"""Keep freed memory for the next step instead of giving it back to the system.
+
+Activations of many megabytes are mapped and unmapped anew each step by glibc's defaults, and the kernel clears every
+page of them first: as dear as an elementwise pass over each.
+"""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Numbers of `mallopt`'s parameters, from glibc's malloc.h."""
+
+_DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65_536}
+_KEEPING = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_MAX: 0}
+
+
+@contextmanager
+def kept_memory() -> Iterator[bool]:
+    """Let freed memory stay with the process within the block; afterwards it goes back to the system.
+
+    Yields:
+        Whether it does: on Linux with glibc. Elsewhere nothing is changed.
+
+    Cost:
+        The process holds its peak throughout the block. What a step allocates again is there already: measured, a
+        training step takes about a tenth less.
+
+    Example:
+        >>> with kept_memory() as kept:
+        ...     kept in (True, False)
+        True
+
+    Source:
+        mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield False
+        return
+    libc = ctypes.CDLL(None)
+    _set(libc, _KEEPING)
+    try:
+        yield True
+    finally:
+        _set(libc, _DEFAULTS)
+        libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, options: dict[int, int]) -> None:
+    for option, value in options.items():
+        libc.mallopt(option, value)

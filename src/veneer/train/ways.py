@@ -1,0 +1,74 @@
+"""How a run computes: all the ways that make a step fast and lean, or the plain reference of each."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.base.fast import decoder_layers, fast_modules, plain_modules
+from veneer.base.ragged import ragged_attention
+from veneer.config import TrainConfig
+from veneer.errors import ConfigError
+from veneer.train.allocator import kept_memory
+
+log = logging.getLogger("veneer")
+
+
+@contextmanager
+def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[None]:
+    """Let a model take ragged batches within the block and compute as the settings say; afterwards all is as before.
+
+    Raises:
+        ConfigError: If activations are to be checkpointed and the model's layers cannot be.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(ragged_attention(model))
+        if settings.fast:
+            stack.enter_context(kept_memory())
+            stack.enter_context(flushed_denormals())
+            log.info("%s", stack.enter_context(fast_modules(model)))
+        else:
+            stack.enter_context(plain_modules(model))
+            log.info("everything is computed by the plain reference (train.fast is false)")
+        if settings.checkpoint_activations:
+            stack.enter_context(checkpointed(model))
+        yield
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Take numbers too small for full precision as zero within the block: each would cost a hundred times its due."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep each decoder layer's input alone within the block, and compute the layer again in the backward.
+
+    Raises:
+        ConfigError: If the model's layers cannot be.
+
+    Source:
+        Chen et al. 2016, arXiv:1604.06174, section 4.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"train.checkpoint_activations: {type(model).__name__} cannot compute its layers again")
+    layers = decoder_layers(model)
+    again = sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    log.info(
+        "activations of %d layers are computed again in the backward: about %.2f x the products, and of each layer "
+        "only its input is kept",
+        *(len(layers), 1 + again / (2 * (again + head))),
+    )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()

@@ -1,0 +1,82 @@
+"""The ways to compute a run: fast and plain agree, layers computed again give the same, all is put back."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tests.train.test_run import lines
+
+from veneer.base.load import load_tokenizer
+from veneer.base.ragged import ATTENTION
+from veneer.base.source import find_source
+from veneer.config import LoRAConfig, TrainConfig
+from veneer.errors import ConfigError
+from veneer.nn.attach import attach
+from veneer.train.prepare import prepare_data, read_data
+from veneer.train.run import run
+from veneer.train.ways import checkpointed, computing
+
+
+def losses(out: str) -> list[float]:
+    return [line["loss"] for line in lines(Path(out)) if "loss" in line]
+
+
+def messages(caplog) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == "veneer")
+
+
+def test_fast_and_plain_train_the_same_adapter(make_run, caplog):
+    caplog.set_level(logging.INFO, logger="veneer")
+    fast, plain = run(make_run("fast")), run(make_run("plain", fast=False))
+    assert "2 decoder layers and 1 more norms are computed the fast way" in messages(caplog)
+    assert "computed by the plain reference" in messages(caplog)
+    assert losses(fast.folder) == pytest.approx(losses(plain.folder), rel=1e-4)
+    assert fast.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
+    for name, tensor in plain.adapter.tensors().items():
+        torch.testing.assert_close(fast.adapter.tensors()[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_layers_computed_again_give_the_same_bytes(make_run, caplog, dropout):
+    caplog.set_level(logging.INFO, logger="veneer")
+    adapter = {"target_modules": ["q_proj", "up_proj"], "dropout": dropout}
+    once, again = run(make_run("once", adapter)), run(make_run("again", adapter, checkpoint_activations=True))
+    assert "activations of 2 layers are computed again" in messages(caplog)
+    assert once.adapter.digest == again.adapter.digest
+
+
+def invocation_of(config) -> list[int]:
+    """The two tokens before the first answer."""
+    tokenizer = load_tokenizer(find_source(config.base))
+    row = prepare_data(config.data, read_data(config.data), tokenizer, 1024).train.rows[0]
+    first = int(row.supervised.nonzero()[0])
+    return row.token_ids[first - 2 : first].tolist()
+
+
+def test_an_activated_adapter_is_routed_in_layers_computed_again(make_run):
+    """Where it acts must be known in the backward too."""
+    adapter = {"target_modules": ["q_proj", "up_proj"], "invocation_tokens": invocation_of(make_run("rows"))}
+    once, again = run(make_run("once", adapter)), run(make_run("again", adapter, checkpoint_activations=True))
+    assert not once.never_trained
+    assert once.adapter.digest == again.adapter.digest
+
+
+def test_all_is_put_back(tiny):
+    model = tiny()
+    attach(model, LoRAConfig(rank=2))
+    model.train()
+    before = model.config._attn_implementation
+    with computing(model, TrainConfig(checkpoint_activations=True)):
+        assert model.is_gradient_checkpointing
+        assert model.config._attn_implementation == ATTENTION
+    assert not model.is_gradient_checkpointing
+    assert model.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_that_cannot_compute_its_layers_again_is_refused(tiny):
+    model = tiny()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match="checkpoint_activations: LlamaForCausalLM cannot"), checkpointed(model):
+        pass
