@@ -175,7 +175,7 @@ def test_an_old_run_stays_until_the_new_one_is_known_to_be_trainable(make_run, m
     config = make_run()
     run(config)
     before = files_of(Path(config.out, "adapter"))
-    monkeypatch.setattr(loop, "check_ragged", lambda _: (_ for _ in ()).throw(BaseModelError("cannot")))
+    monkeypatch.setattr(loop, "find_way", lambda _: (_ for _ in ()).throw(BaseModelError("cannot")))
     with pytest.raises(BaseModelError):
         run(config, existing="overwrite")
     assert files_of(Path(config.out, "adapter")) == before
@@ -220,9 +220,9 @@ def test_infinite_loss_stops_before_the_update_with_step_and_rows(make_run, monk
     config = make_run()
     calls = []
 
-    def broken(model, batch, below=None, **options):
-        calls.append(batch)
-        return original(model, batch, below, **options) * (float("inf") if len(calls) == 4 else 1.0)
+    def broken(model, *rest):
+        calls.append(rest[0])
+        return original(model, *rest) * (float("inf") if len(calls) == 4 else 1.0)
 
     original = step.summed_loss
     monkeypatch.setattr(step, "summed_loss", broken)
@@ -237,10 +237,10 @@ def test_an_infinite_gradient_stops_before_the_update(make_run, monkeypatch):
     config = make_run()
     seen = {}
 
-    def poisoned(model, batch, below=None, **options):
+    def poisoned(model, *rest):
         layer = next(iter(veneer.nn.attach.attachment_of(model).layers.values()))
         seen["B"] = layer.slot(0).lora_B
-        loss = original(model, batch, below, **options)
+        loss = original(model, *rest)
         layer.slot(0).lora_B.register_hook(lambda grad: grad * float("nan"))
         return loss
 

@@ -89,7 +89,7 @@ def plain_modules(model: nn.Module) -> Iterator[None]:
 
     Example:
         with ragged_attention(model), plain_modules(model):
-            loss = summed_loss(model, batch, fast=False)
+            loss = summed_loss(model, batch, way=Way(fast=False))
     """
     with ExitStack() as stack:
         for module in model.modules():

@@ -7,7 +7,7 @@ Shapes: T tokens of all sequences, S of one, G sequences of equal length, H head
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -171,7 +171,8 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
     """
     if model.config._attn_implementation != ATTENTION:
         raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
-    with routed(model, batch):
+    segments = routed_segments(model, batch)
+    with nullcontext() if segments is None else attachment_of(model).routing.using(segments):
         out = model.get_decoder()(
             input_ids=batch.token_ids[None].to(model.device),
             position_ids=batch.positions[None].to(model.device),
@@ -180,12 +181,6 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
             **options,
         )
     return out.last_hidden_state[0]
-
-
-def routed(model: PreTrainedModel, batch: RaggedBatch) -> AbstractContextManager[None]:
-    """Send each sequence through the slot that the batch names for it, or through an adapter from its invocation on."""
-    segments = routed_segments(model, batch)
-    return nullcontext() if segments is None else attachment_of(model).routing.using(segments)
 
 
 def routed_segments(model: PreTrainedModel, batch: RaggedBatch) -> tuple[Segment, ...] | None:

@@ -7,7 +7,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.base.generate import GREEDY
 from veneer.base.load import num_positions
-from veneer.base.ragged import check_ragged
 from veneer.config import SamplingConfig
 from veneer.data.answers import generate
 from veneer.data.encode import EncodedRow, encode_rows
@@ -101,7 +100,6 @@ def evaluate(
     if isinstance(data, str):
         positions = num_positions(model.config)
         data = prepare_evaluation(tokenizer, data, scores=scores, positions=positions, skip_bad_rows=skip_bad_rows)
-    check_ragged(model)
     loss = evaluate_loss(model, data.encoded)
     got = generate(model, tokenizer, data.prompts, sampling=sampling, on_done=on_done) if data.prompts else []
     return Evaluation(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from veneer.base.batching import Way, batching, find_way, padded_logits, routed
 from veneer.base.prefix import PrefixStates, tail_hidden_states
-from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention, routed_segments
+from veneer.base.ragged import RaggedBatch, hidden_states, routed_segments
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
 from veneer.errors import BaseModelError
@@ -38,18 +39,24 @@ class Loss:
 
 
 def summed_loss(
-    model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates | None = None, *, fast: bool = True
+    model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates | None = None, way: Way | None = None
 ) -> Tensor:
-    """Return the summed cross-entropy of a batch's supervised tokens, a scalar; needs `ragged_attention(model)`.
+    """Return the summed cross-entropy of a batch's supervised tokens, a scalar; needs `batching(model, way)`.
 
     Only the hidden states that predict a supervised token go through the head, in chunks. The lowest layers are not run
-    where `below` says what they give. Without `fast`, all logits at once go through torch's own cross-entropy.
+    where `below` says what they give. Where the way is not fast, all logits at once go through torch's own
+    cross-entropy; where it is padded, the model's own logits do.
     """
+    way = way or Way()
     places, targets = (part.to(model.device) for part in batch.predictions())
+    if way.padded:
+        with routed(model, batch, way):
+            logits_TV = padded_logits(model, batch)
+        return F.cross_entropy(logits_TV[places].float(), targets, reduction="sum")
     hidden_TD = hidden_states(model, batch) if below is None else tail_hidden_states(model, batch, below)
     hidden = hidden_TD[places]
     head = model.get_output_embeddings()
-    if not fast:
+    if not way.fast:
         return _chunk_loss(head, hidden, targets)
     if is_plain_linear(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
@@ -67,18 +74,22 @@ def evaluate_loss(
     *,
     tokens_per_batch: int = 4096,
     recall: Recall | None = None,
-    fast: bool = True,
+    way: Way | None = None,
 ) -> Loss:
     """Return the mean loss of rows in evaluation mode; the model's mode is restored.
 
     Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone.
+
+    Raises:
+        BaseModelError: If the model can take neither ragged nor padded batches.
     """
     total, count = 0.0, 0
-    with evaluating(model), torch.no_grad(), ragged_attention(model):
+    way = way or find_way(model)
+    with evaluating(model), torch.no_grad(), batching(model, way):
         for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
             batch = make_batch([rows[index] for index in part])
             below = None if recall is None else recall(part)
-            total += summed_loss(model, batch, below, fast=fast).item()
+            total += summed_loss(model, batch, below, way).item()
             count += int(batch.supervised.sum())
     return Loss(total / count, count)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter import Adapter
-from veneer.base.ragged import check_ragged
+from veneer.base.batching import Way, find_way
 from veneer.config import RunConfig, TrainConfig
 from veneer.data.batches import Step, epoch_steps
 from veneer.data.encode import EncodedRows
@@ -99,17 +99,18 @@ class _Run:
     stop: StopFlag
     progress: Progress
     recalls: Recalls = field(default_factory=Recalls)
+    way: Way = field(default_factory=Way)
 
 
 def check_trainable(model: PreTrainedModel) -> None:
     """Prove that the attached adapter can be trained and saved, before any folder is touched.
 
     Raises:
-        BaseModelError: If the model cannot take ragged batches.
+        BaseModelError: If the model can take neither ragged nor padded batches.
         ConfigError: If what trains is of several dtypes.
         AdapterError: If PEFT's layout cannot hold the adapter.
     """
-    check_ragged(model)
+    find_way(model)
     check_one_dtype(_trainable(attachment_of(model)))
     adapter_to_files(current_adapter(model))
 
@@ -145,8 +146,8 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         run = _Run(model, data, config, folder, metrics, optimizer, state, stop, progress)
         model.train()
         try:
-            with computing(model, config.train):
-                if state.step < len(schedule):
+            with computing(model, config.train) as run.way:
+                if state.step < len(schedule) and not run.way.padded:
                     run.recalls = prefix_caches(model, data, [step for _, step in schedule], config.train, folder)
                 _all_steps(run, schedule)
         finally:
@@ -191,7 +192,7 @@ def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
             figures = train_step(
                 *(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check),
                 recall=run.recalls.train,
-                fast=settings.fast,
+                way=run.way,
             )
             random_state = torch.get_rng_state()
             if number == 1 and figures["grad_norm"] == 0:
@@ -240,7 +241,7 @@ def _evaluate(run: _Run, epoch: float) -> None:
         *(run.model, run.data.eval.rows),
         tokens_per_batch=settings.tokens_per_micro_batch,
         recall=run.recalls.eval,
-        fast=settings.fast,
+        way=run.way,
     )
     run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
     run.progress.evaluated(loss.mean)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from veneer.base.ragged import routed
+from veneer.base.batching import Way, routed
 from veneer.data.batches import Step, make_batch
 from veneer.data.encode import EncodedRow
 from veneer.errors import NonFiniteError
@@ -25,7 +25,7 @@ def train_step(
     check: Callable[[], None],
     *,
     recall: Recall | None = None,
-    fast: bool = True,
+    way: Way | None = None,
 ) -> dict[str, Any]:
     """Train on the rows of a step and return its figures.
 
@@ -40,20 +40,21 @@ def train_step(
         learning_rate: Of this step.
         check: Called before each micro-batch; may raise to leave the step before the update.
         recall: Gives what the frozen lowest layers make of rows; None runs them.
-        fast: Whether head and loss are computed in chunks, see `summed_loss`.
+        way: How the loss is computed, see `find_way`.
 
     Raises:
         NonFiniteError: If the loss or the gradient is not finite, with the rows named; nothing was updated.
     """
     start = time.perf_counter()
+    way = way or Way()
     supervised = sum(int(rows[index].supervised.sum()) for micro in step for index in micro)
     loss = 0.0
     for micro in step:
         check()
         batch = make_batch([rows[index] for index in micro])
         below = None if recall is None else recall(micro)
-        with routed(model, batch):  # the backward too: checkpointed layers are computed again in it
-            part = summed_loss(model, batch, below, fast=fast) / supervised
+        with routed(model, batch, way):  # the backward too: checkpointed layers are computed again in it
+            part = summed_loss(model, batch, below, way) / supervised
             value = part.item()
             if not math.isfinite(value):
                 raise NonFiniteError(f"the loss is {value}", [rows[index].source for index in micro])

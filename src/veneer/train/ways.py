@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from veneer.base.batching import Way, batching, find_way
 from veneer.base.fast import decoder_layers, fast_modules, plain_modules
-from veneer.base.ragged import ragged_attention
 from veneer.config import TrainConfig
 from veneer.errors import ConfigError
 from veneer.train.allocator import kept_memory
@@ -17,24 +17,32 @@ log = logging.getLogger("veneer")
 
 
 @contextmanager
-def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[None]:
-    """Let a model take ragged batches within the block and compute as the settings say; afterwards all is as before.
+def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
+    """Let a model take batches within the block and compute as the settings say; afterwards all is as before.
+
+    Yields:
+        How losses are to be computed.
 
     Raises:
+        BaseModelError: If the model can take neither ragged nor padded batches.
         ConfigError: If activations are to be checkpointed and the model's layers cannot be.
     """
+    way = find_way(model, fast=settings.fast)
     with ExitStack() as stack:
-        stack.enter_context(ragged_attention(model))
+        stack.enter_context(batching(model, way))
+        if way.padded:
+            log.warning("batches are padded, which costs time and memory: %s", way.padded)
         if settings.fast:
             stack.enter_context(kept_memory())
             stack.enter_context(flushed_denormals())
-            log.info("%s", stack.enter_context(fast_modules(model)))
+            if not way.padded:
+                log.info("%s", stack.enter_context(fast_modules(model)))
         else:
             stack.enter_context(plain_modules(model))
             log.info("everything is computed by the plain reference (train.fast is false)")
         if settings.checkpoint_activations:
             stack.enter_context(checkpointed(model))
-        yield
+        yield way
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""How a model takes a batch: as ragged rows, or padded where it cannot.
+
+Shapes: T tokens of all sequences, G sequences, S tokens of the longest, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from veneer.base.ragged import RaggedBatch, check_ragged, ragged_attention, routed_segments
+from veneer.errors import BaseModelError
+from veneer.nn.attach import attachment_of, find_attachment
+from veneer.nn.modes import evaluating
+from veneer.nn.routing import Segment
+
+
+@dataclass(frozen=True)
+class Way:
+    """How losses are computed.
+
+    Args:
+        fast: By the fast paths; else by the plain reference of each.
+        padded: Why batches are padded; empty for ragged rows.
+    """
+
+    fast: bool = True
+    padded: str = ""
+
+
+def find_way(model: PreTrainedModel, *, fast: bool = True) -> Way:
+    """Return how a model takes batches: ragged where that is proved to give what each sequence gives alone.
+
+    Raises:
+        BaseModelError: If it can take neither ragged nor padded batches, with both reasons.
+    """
+    try:
+        check_ragged(model)
+    except BaseModelError as error:
+        check_padded(model, error.message)
+        return Way(fast, padded=error.message)
+    return Way(fast)
+
+
+@contextmanager
+def batching(model: PreTrainedModel, way: Way) -> Iterator[None]:
+    """Let a model take batches in a way within the block."""
+    with nullcontext() if way.padded else ragged_attention(model):
+        yield
+
+
+def routed(model: PreTrainedModel, batch: RaggedBatch, way: Way) -> AbstractContextManager[None]:
+    """Send each token through the slot that the batch, or an adapter's invocation, names for it."""
+    segments = routed_segments(model, batch)
+    if segments is None:
+        return nullcontext()
+    if way.padded:
+        segments = _padded_segments(segments, batch.lengths)
+    return attachment_of(model).routing.using(segments)
+
+
+def padded_logits(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
+    """Return the model's own logits of a batch, shape (T, V); sequences are padded on the right to the longest.
+
+    Equals, and is tested against, `model(input_ids=sequence).logits` of each sequence alone.
+
+    Cost:
+        G·S tokens instead of T, with a mask over them, and all of their logits.
+    """
+    parts = batch.token_ids.split(batch.lengths)
+    ids_GS = pad_sequence(list(parts), batch_first=True)
+    mask_GS = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    out = model(input_ids=ids_GS.to(model.device), attention_mask=mask_GS.to(model.device), use_cache=False)
+    return out.logits[mask_GS.bool().to(model.device)]
+
+
+def check_padded(model: PreTrainedModel, ragged: str = "") -> None:
+    """Prove on two short sequences that padded batches give what the model gives for each alone.
+
+    Args:
+        model: Any model with logits.
+        ragged: Why it cannot take ragged ones, for the message.
+
+    Raises:
+        BaseModelError: If they do not.
+    """
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise BaseModelError(f"{name} has no language-model head to train with")
+    lengths = (5, 8)
+    token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
+    batch = RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
+    attachment = find_attachment(model)
+    bare = nullcontext() if attachment is None else attachment.routing.everywhere(None)
+    with evaluating(model), torch.no_grad(), bare:
+        got = padded_logits(model, batch)
+        expected = torch.cat(
+            [model(input_ids=part[None].to(model.device)).logits[0] for part in token_ids.split(lengths)]
+        )
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    tolerance = 1e-3 if got.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:
+        raise BaseModelError(
+            f"{name} can be trained on batches neither padded (logits differ from those of each sequence alone by "
+            f"{difference:.2g} of their size, allowed {tolerance:g}) nor ragged: {ragged}"
+        )
+
+
+def _padded_segments(segments: tuple[Segment, ...], lengths: tuple[int, ...]) -> tuple[Segment, ...]:
+    """Return the segments of padded rows: what is padded goes where the sequence's last token goes."""
+    slots = [one.slot for one in segments for _ in range(one.stop - one.start)]
+    longest, padded, start = max(lengths), [], 0
+    for length in lengths:
+        own = slots[start : start + length]
+        padded += own + [own[-1]] * (longest - length)
+        start += length
+    found, start = [], 0
+    for slot, run in groupby(padded):
+        stop = start + len(list(run))
+        found.append(Segment(start, stop, slot))
+        start = stop
+    return tuple(found)
