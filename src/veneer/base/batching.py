@@ -50,7 +50,7 @@ def find_way(model: PreTrainedModel, *, fast: bool = True) -> Way:
 @contextmanager
 def batching(model: PreTrainedModel, way: Way) -> Iterator[None]:
     """Let a model take batches in a way within the block."""
-    with nullcontext() if way.padded else ragged_attention(model):
+    with nullcontext() if way.padded else ragged_attention(model, fast=way.fast):
         yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.base.ragged import ATTENTION, ragged_attention_forward
+from veneer.base.ragged import ragged_attention_forward
 from veneer.nn.layer import has_hooks
 from veneer.nn.norms import rms_norm_of
 from veneer.nn.projection import projection_of
@@ -183,8 +183,3 @@ def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *ar
     if not plain or lengths is None or turns is None or torch.is_autocast_enabled(hidden_states.device.type):
         return own_forward(hidden_states, *args, **options)
     return block.forward(hidden_states, position_embeddings=turns, sequence_lengths=lengths)
-
-
-def is_ragged(module: nn.Module) -> bool:
-    """Tell whether a layer's attention is the one that takes ragged batches."""
-    return vars(module)["config"]._attn_implementation == ATTENTION

@@ -1,6 +1,7 @@
 """Load a base model and its tokenizer: frozen, in a dtype that the processor is fast in, or in fewer bits."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -23,6 +24,7 @@ from veneer.names import did_you_mean
 from veneer.nn.attach import require_bare
 from veneer.nn.heads import output_heads
 from veneer.storage.quantise import QUANTISERS, quantise_model
+from veneer.storage.registry import storage_of
 
 log = logging.getLogger("veneer")
 
@@ -144,7 +146,8 @@ def quantise_base(model: PreTrainedModel, storage: str) -> None:
 
     Raises:
         AttachError: If an adapter is attached: quantise first.
-        BaseModelError: If there is no layer to quantise (GPT-2's are of a type of its own), or weights are not finite.
+        BaseModelError: If there is no layer to quantise (GPT-2's are of a type of its own; those of a quantised model
+            are quantised already), or weights are not finite.
 
     Example:
         quantise_base(model, "nf4")
@@ -162,14 +165,24 @@ def quantise_base(model: PreTrainedModel, storage: str) -> None:
     before = _stored_bytes(model)
     count = quantise_model(model, storage, skip=skip)
     if not count:
-        raise BaseModelError(
-            f"{type(model).__name__} has no linear layer that can be stored as {storage}; load it with storage='plain'"
-        )
+        raise BaseModelError(_why_none(model, storage))
     _own_memory(model)
     log.info(
         "%s: %d linear layers stored as %s, %s bytes before, %s after",
         *(model.name_or_path, count, storage, f"{before:,}", f"{_stored_bytes(model):,}"),
     )
+
+
+def _why_none(model: nn.Module, storage: str) -> str:
+    """Return why no layer of a model was quantised: there are none, or they are quantised already."""
+    stored = Counter(found.name for module in model.modules() if (found := storage_of(module)) is not None)
+    already = ", ".join(f"{count} as {name}" for name, count in stored.items() if name != PLAIN)
+    if already:
+        return (
+            f"linear layers of this {type(model).__name__} are quantised already ({already}), and no other is left to "
+            f"store as {storage}; a second time would round twice: load the base anew with storage={storage!r}"
+        )
+    return f"{type(model).__name__} has no linear layer that can be stored as {storage}; load it with storage='plain'"
 
 
 def _own_memory(model: nn.Module) -> None:

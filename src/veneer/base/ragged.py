@@ -23,8 +23,10 @@ from veneer.errors import BaseModelError
 from veneer.nn.attach import attachment_of, find_attachment
 from veneer.nn.modes import evaluating
 from veneer.nn.routing import Segment
+from veneer.ops.attention import causal_attention
 
 ATTENTION = "veneer_ragged"
+PLAIN_ATTENTION = "veneer_ragged_plain"
 _REFUSED = {"softcap": "soft-capped", "s_aux": "sink", "position_bias": "position-biased"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -102,13 +104,46 @@ def ragged_attention_forward(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a ragged row; transformers calls it.
 
-    Equals scaled dot-product attention of each sequence alone. Runs of sequences of equal length go to the kernel
-    together; key and value heads are not repeated for grouped queries. What a layer asks for is noted in
-    `seen_options`, a dict by module, where a caller gives one.
+    Equals scaled dot-product attention of each sequence alone: by `ops.attention.causal_attention` on a CPU, by
+    torch's kernels on other devices, in 16 bits and with dropout. Key and value heads are not repeated for grouped
+    queries. What a layer asks for is noted in `seen_options`, a dict by module, where a caller gives one.
 
     Raises:
         BaseModelError: If the lengths did not arrive, or the model asks for a kind of attention not written here.
     """
+    lengths = _lengths(module, scaling, options)
+    window = options.get("sliding_window")
+    if not dropout and query_1HTE.device.type == "cpu" and query_1HTE.dtype.itemsize >= 4:
+        scaling = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
+        q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
+        return causal_attention(q_THE, k_TKE, v_TKE, lengths, scaling=scaling, window=window)[None], None
+    parts = (query_1HTE, key_1HTE, value_1HTE)
+    return _attention_by_runs(*parts, lengths, dropout=dropout, scaling=scaling, window=window)[None], None
+
+
+def plain_attention_forward(
+    module: nn.Module,
+    query_1HTE: Tensor,
+    key_1HTE: Tensor,
+    value_1HTE: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 (transformers' signature)
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Do what `ragged_attention_forward` does by torch's own attention alone; transformers calls it.
+
+    Raises:
+        BaseModelError: As there.
+    """
+    lengths = _lengths(module, scaling, options)
+    window = options.get("sliding_window")
+    parts = (query_1HTE, key_1HTE, value_1HTE)
+    return _attention_by_runs(*parts, lengths, dropout=dropout, scaling=scaling, window=window)[None], None
+
+
+def _lengths(module: nn.Module, scaling: float | None, options: dict[str, Any]) -> Sequence[int]:
+    """Return the lengths of the sequences; note what the layer asks for, and refuse what is not written here."""
     lengths: Sequence[int] | None = options.get("sequence_lengths")
     if lengths is None:
         raise BaseModelError(f"{type(module).__name__} does not pass options on to its attention: no ragged batches")
@@ -117,7 +152,20 @@ def ragged_attention_forward(
     for option, word in _REFUSED.items():
         if options.get(option) is not None:
             raise BaseModelError(f"{type(module).__name__} uses {word} attention, which ragged batches do not support")
-    window = options.get("sliding_window")
+    return lengths
+
+
+def _attention_by_runs(
+    query_1HTE: Tensor,
+    key_1HTE: Tensor,
+    value_1HTE: Tensor,
+    lengths: Sequence[int],
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return attention by torch's kernels, shape (T, H, E), runs of sequences of equal length together."""
     outputs, start = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -139,7 +187,7 @@ def ragged_attention_forward(
         )
         outputs.append(out_GHSE.transpose(1, 2).reshape(count * length, q_GHSE.shape[1], -1))
         start += count * length
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -149,14 +197,15 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-AttentionInterface.register(ATTENTION, ragged_attention_forward)  # a row in transformers' own registry
+AttentionInterface.register(ATTENTION, ragged_attention_forward)  # rows in transformers' own registry
+AttentionInterface.register(PLAIN_ATTENTION, plain_attention_forward)
 
 
 @contextmanager
-def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's attention take ragged rows within the block."""
+def ragged_attention(model: PreTrainedModel, *, fast: bool = True) -> Iterator[None]:
+    """Let a model's attention take ragged rows within the block, by our own function or by torch's alone."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(ATTENTION if fast else PLAIN_ATTENTION)
     try:
         yield
     finally:
@@ -169,7 +218,7 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
     Raises:
         BaseModelError: Outside of `ragged_attention(model)`, where sequences might see each other.
     """
-    if model.config._attn_implementation != ATTENTION:
+    if model.config._attn_implementation not in (ATTENTION, PLAIN_ATTENTION):
         raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
     segments = routed_segments(model, batch)
     with nullcontext() if segments is None else attachment_of(model).routing.using(segments):

@@ -1,7 +1,9 @@
 """Every operation in its plainest form: the specification that the fast paths must equal.
 
-Shapes: N rows, I in, O out, R rank, D hidden, V vocabulary.
+Shapes: N rows, I in, O out, R rank, S rows of all E experts in their order, D hidden, V vocabulary.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,41 @@ def lora_linear(
 def lora_delta(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """Return `scaling · x Aᵀ Bᵀ`, shape (N, O)."""
     return scaling * (x_NI @ A_RI.T @ B_OR.T)
+
+
+def rows_of_experts(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield the experts that have rows, each with its rows.
+
+    Example:
+        >>> list(rows_of_experts([2, 0, 3]))
+        [(0, slice(0, 2, None)), (2, slice(2, 5, None))]
+    """
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def linear_experts(x_SI: Tensor, W_EOI: Tensor, bias_EO: Tensor | None, counts: Sequence[int]) -> Tensor:
+    """Return `x Wᵀ + bias` with each expert's weight for its own rows, shape (S, O)."""
+    weights = W_EOI.unbind()  # once: an index would give each expert's gradient the size of the stack
+    biases = [None] * len(weights) if bias_EO is None else bias_EO.unbind()
+    return torch.cat([F.linear(x_SI[rows], weights[one], biases[one]) for one, rows in rows_of_experts(counts)])
+
+
+def lora_experts(
+    x_SI: Tensor,
+    W_EOI: Tensor,
+    bias_EO: Tensor | None,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    scaling: float,
+    counts: Sequence[int],
+) -> Tensor:
+    """Return `lora_linear` with each expert's weight and factors for its own rows, shape (S, O)."""
+    z_SR = linear_experts(x_SI, A_ERI, None, counts)
+    return linear_experts(x_SI, W_EOI, bias_EO, counts) + scaling * linear_experts(z_SR, B_EOR, None, counts)
 
 
 def linear_cross_entropy(x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
@@ -50,3 +87,13 @@ def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos_TC[:, None] + torch.cat([-high, low], dim=-1) * sin_TC[:, None]
     return torch.cat([turned, rest], dim=-1)
+
+
+def causal_attention(q_SHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scaling: float, window: int | None = None) -> Tensor:
+    """Return the attention of one sequence, shape (S, H, E): each token sees the last `window` up to itself."""
+    group, length = q_SHE.shape[1] // k_SKE.shape[1], q_SHE.shape[0]
+    k_SHE, v_SHE = (part.repeat_interleave(group, dim=1) for part in (k_SKE, v_SKE))
+    distance_SS = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    unseen_SS = (distance_SS < 0) | (distance_SS >= (window or length))
+    scores_HSS = torch.einsum("she,lhe->hsl", q_SHE, k_SHE) * scaling
+    return torch.einsum("hsl,lhe->she", scores_HSS.masked_fill(unseen_SS, float("-inf")).softmax(-1), v_SHE)

@@ -1,0 +1,83 @@
+"""Attention over ragged rows equals the reference of each sequence alone, gradients included."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.ops import attention, reference
+from veneer.ops.attention import buckets_of, causal_attention
+
+
+def drawn(tokens: int, heads: int, keys: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((tokens, heads, size), (tokens, keys, size), (tokens, keys, size), (tokens, heads, size))
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def results(function, q, k, v, slope) -> list[torch.Tensor]:
+    leaves = [one.clone().requires_grad_() for one in (q, k, v)]
+    out = function(*leaves)
+    out.backward(slope)
+    return [out.detach(), *(one.grad for one in leaves)]
+
+
+def each_alone(lengths, scaling, window):
+    def function(q, k, v):
+        parts = zip(*(one.split(lengths) for one in (q, k, v)), strict=True)
+        return torch.cat([reference.causal_attention(*part, scaling, window) for part in parts])
+
+    return function
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    st.sampled_from([None, 1, 5, 64, 70]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equals_the_reference_of_each_sequence(lengths, heads, window, dtype):
+    q, k, v, slope = drawn(sum(lengths), *heads, 4, dtype)
+    expected = results(each_alone(lengths, 0.3, window), q, k, v, slope)
+    got = results(lambda *x: causal_attention(*x, lengths, scaling=0.3, window=window), q, k, v, slope)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 12, 1 << 30])
+def test_how_it_is_cut_changes_nothing_but_rounding(monkeypatch, bytes_at_a_time):
+    lengths = (130, 128, 70)
+    given = drawn(sum(lengths), 4, 2, 8, torch.float64)
+    expected = results(each_alone(lengths, 0.5, None), *given)
+    monkeypatch.setattr(attention, "SCORE_BYTES", bytes_at_a_time)
+    got = results(lambda *x: causal_attention(*x, lengths, scaling=0.5), *given)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_takes_heads_first():
+    q, k, v, _ = (one.transpose(0, 1).contiguous().transpose(0, 1) for one in drawn(20, 4, 2, 8, torch.float64))
+    torch.testing.assert_close(
+        causal_attention(q, k, v, (20,), scaling=1.0), reference.causal_attention(q, k, v, 1.0), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, slope = drawn(70, 2, 1, 4, torch.float32)
+    expected = results(each_alone((70,), 1.0, None), 1e3 * q.double(), k.double(), v.double(), slope.double())
+    got = results(lambda *x: causal_attention(*x, (70,), scaling=1.0), 1e3 * q, k, v, slope)
+    assert all(one.isfinite().all() for one in got)
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-3, atol=1e-3)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=30))
+def test_buckets_hold_every_token_once_and_little_padding(lengths):
+    total = sum(lengths)
+    buckets = buckets_of(lengths)
+    places = torch.cat([bucket.places.reshape(-1) for bucket in buckets])
+    assert places[places < total].sort().values.tolist() == list(range(total))
+    for bucket in buckets:
+        own = (bucket.places < total).sum(1)
+        assert bucket.length == own.max()
+        assert bucket.length <= attention.BLOCK or own.min() >= attention.PADDING * bucket.length
