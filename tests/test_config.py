@@ -50,6 +50,31 @@ def test_what_cannot_be_is_refused(values):
     assert next(iter(values)).split("_")[0] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dropout": 0.1}, "token_rows train alone; dropout needs adapted modules"),
+        ({"bias": "all", "use_dora": True}, "token_rows train alone; bias, use_dora needs adapted modules"),
+        ({"modules_to_save": ("lm_head",)}, "token_rows train alone; modules_to_save needs adapted modules"),
+        ({"init": "pissa"}, "token_rows train alone; init needs adapted modules"),
+        ({"token_rows": {"embed": [1], "other": [2]}}, "one list of tokens for all tables"),
+    ],
+)
+def test_rows_of_tokens_alone_are_what_peft_can_hold(values, said):
+    alone = {"target_modules": (), "token_rows": {"embed": [1, 2], "other": [1, 2]}}
+    assert LoRAConfig.from_json(LoRAConfig(**alone).model_dump(mode="json")) == LoRAConfig(**alone)
+    with pytest.raises(ConfigError, match=said):
+        LoRAConfig(**{**alone, **values})
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "model.embed_tokens", "a.model.embed_tokens"])
+def test_a_table_trains_by_rows_or_whole(module):
+    tables = {"model.embed_tokens": [1]}
+    assert LoRAConfig(token_rows=tables, modules_to_save=["tokens", "lm_head"]).token_rows
+    with pytest.raises(ConfigError, match="name the same table; its rows train alone, or all of it does"):
+        LoRAConfig(token_rows=tables, modules_to_save=[module])
+
+
 def test_all_problems_at_once_with_their_places():
     with pytest.raises(ConfigError) as error:
         RunConfig(base="b", out="o", data={"trian": "x"}, adapter={"rnk": 1}, train={"epochs": 0, "schedule": "sine"})

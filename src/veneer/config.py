@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from veneer.errors import ConfigError
-from veneer.names import did_you_mean, value_for
+from veneer.names import did_you_mean, matches_suffix, value_for
 
 ALL_LINEAR = "all-linear"
 
@@ -84,7 +84,8 @@ class LoRAConfig(Settings):
         use_dora: Train a magnitude for each output too (DoRA).
         freeze_A: Leave `lora_A` as it starts (LoRA-FA).
         parts: Pattern to runs of output rows (start, stop), each with ranks of its own: the q and v of a packed qkv.
-        token_rows: Suffix of an embedding table's path to the tokens whose rows train; a tied head follows.
+        token_rows: Suffix of an embedding table's path to the tokens whose rows train; a tied head follows. With
+            `target_modules=()` they train alone.
         invocation_tokens: The adapter acts from the last such sequence of tokens on, and not before (activated LoRA).
         init: How the factors start, a name in `ops.initialise.INITIALISATIONS`.
         init_options: Settings of that initialisation.
@@ -206,8 +207,32 @@ class LoRAConfig(Settings):
                 "invocation_tokens and token_rows exclude each other: rows act wherever their token stands"
             )
         if not self.target_modules and not self.target_parameters:
-            raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
+            if not self.token_rows:
+                raise ValueError("target_modules is empty; name at least one, or 'all-linear'")
+            self._check_rows_alone()
         return self
+
+    @model_validator(mode="after")
+    def _rows_or_whole_table(self) -> "LoRAConfig":
+        for table in self.token_rows:
+            for module in self.modules_to_save:
+                if matches_suffix(table, module) or matches_suffix(module, table):
+                    raise ValueError(
+                        f"token_rows {table!r} and modules_to_save {module!r} name the same table; its rows train "
+                        "alone, or all of it does"
+                    )
+        return self
+
+    def _check_rows_alone(self) -> None:
+        """Raise for what rows of tokens without factors cannot have, in training or in PEFT's file of them."""
+        settings = ("dropout", "modules_to_save", "bias", "use_dora", "freeze_A", "init", "init_options")
+        defaults = {name: LoRAConfig.model_fields[name].get_default(call_default_factory=True) for name in settings}
+        if changed := [name for name in settings if vars(self)[name] != defaults[name]]:
+            raise ValueError(
+                f"target_modules is empty, so that token_rows train alone; {', '.join(changed)} needs adapted modules"
+            )
+        if len(set(self.token_rows.values())) > 1:
+            raise ValueError("token_rows that train alone: PEFT has one list of tokens for all tables, these differ")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LoRAConfig":

@@ -109,6 +109,11 @@ def test_storage_that_cannot_be_had(tiny_base):
     for load in (lambda: load_base("no/such/folder/at/all", storage="nf5"), lambda: check_storage("nf5")):
         with pytest.raises(ConfigError, match=r"is not one of plain, int8, nf4; nearest: 'nf4'"):
             load()
+    quantised = load_base(tiny_base, storage="int8")[0]
+    for storage in ("int8", "nf4"):
+        message = rf"are quantised already \(14 as int8\), and no other .* load the base anew with storage='{storage}'"
+        with pytest.raises(BaseModelError, match=message):
+            quantise_base(quantised, storage)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
     with pytest.raises(BaseModelError, match="GPT2LMHeadModel has no linear layer that can be stored as nf4"):
         quantise_base(gpt2, "nf4")

@@ -10,11 +10,12 @@ from torch import nn
 
 from veneer.adapter import Adapter, LowRank
 from veneer.config import LoRAConfig
-from veneer.errors import AdapterError, AttachError, TargetError
+from veneer.errors import AdapterError, AttachError, ConfigError, TargetError
 from veneer.nn.attach import attach, attachment_of, current_adapter, detach, disabled
 from veneer.nn.linear import LoRALinear
 from veneer.nn.plan import plan, plan_of
 from veneer.nn.routing import Segment
+from veneer.storage.quantise import quantise_model
 
 
 class Net(nn.Module):
@@ -194,6 +195,25 @@ def test_an_adapter_of_other_weights_is_refused_unless_told():
     with pytest.raises(AdapterError, match="made for other weights"):
         attach(other, adapter)
     attach(other, adapter, any_base=True)
+
+
+@pytest.mark.parametrize("ask", [plan, attach])
+def test_an_unknown_initialisation_is_named_before_anything_is_touched(ask):
+    model = Net(seed=0)
+    modules = dict(model.named_modules())
+    with pytest.raises(ConfigError, match="no initialisation 'pisa'; nearest: 'pissa'; there are kaiming, "):
+        ask(model, LoRAConfig(init="pisa"))
+    assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_an_adapter_of_another_storage_is_told_how_to_load_the_base(storage):
+    models = [Net(seed=0), Net(seed=0)]
+    quantise_model(models[1], "int8")
+    trained, model = models if storage == "int8" else models[::-1]
+    attach(trained, LoRAConfig())
+    with pytest.raises(AdapterError, match=f"here as {storage}, which storage= of load_base, or --storage, sets"):
+        attach(model, detach(trained))
 
 
 def test_a_tied_parameter_cannot_train_alone():

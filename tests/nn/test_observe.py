@@ -17,6 +17,8 @@ from veneer.nn.observe import input_directions, weight_gradients
 from veneer.ops import initialise_directions
 from veneer.ops.initialise import eva, redistribute_ranks
 from veneer.ops.initialise_directions import add_rows
+from veneer.storage.quantise import quantise_model
+from veneer.storage.registry import read_weight
 
 
 class Net(nn.Module):
@@ -372,6 +374,25 @@ def test_no_activation_outlives_its_batch(look):
 
     assert look(model, PATHS, [run] * 3)
     assert not alive
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_quantised_layers_show_what_plain_ones_of_the_same_weights_do(storage):
+    model = Net().eval()
+    quantise_model(model, storage, skip=["head"])
+    plain = Net().eval()
+    for path in ("left", "right"):
+        assert type(model.get_submodule(path)) is not nn.Linear
+        plain.get_submodule(path).weight.data.copy_(read_weight(model.get_submodule(path)))
+    looks = []
+    for one in (model, plain):
+        directions = input_directions(one, PATHS, [lambda one=one: one(rows(20))], rank=2)
+        gradients = weight_gradients(one, PATHS, [lambda one=one: one(rows(20)).square().mean()])
+        looks.append((directions, gradients))
+    for path in PATHS:
+        found, expected = (directions[path].directions_DI for directions, _ in looks)
+        torch.testing.assert_close((found @ expected.T).abs(), torch.eye(2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(looks[0][1][path], looks[1][1][path], rtol=1e-4, atol=1e-6)
 
 
 @both

@@ -86,6 +86,7 @@ def test_digest_and_plan_know_the_rows(tiny):
         ({"token_rows": {"embed_tokens": [1, 259]}}, r"rows \[259\] lie outside of the table's 259"),
         ({"token_rows": {"embed_tokens": [1]}, "target_modules": ["embed_tokens"]}, "adapted by factors too"),
         ({"token_rows": {"embed_tokens": [1]}, "target_modules": ["lm_head"]}, "adapted by factors too"),
+        ({"token_rows": {"embed_token": [1]}, "target_modules": []}, "matches 0 tables"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_touched(tiny, changes, said):
@@ -120,5 +121,69 @@ def test_peft_means_the_same_both_ways(tiny, tied, tmp_path):
     adapter = veneer.load_adapter(tmp_path / "theirs")
     model = tiny(tie_word_embeddings=tied)
     attach(model, adapter)
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-5, atol=1e-5)
+    assert detach(model).tokens["model.embed_tokens"].indices == (7, 5)
+
+
+def test_rows_train_alone(tiny):
+    model = tiny()
+    config = LoRAConfig(target_modules=(), token_rows={"embed_tokens": [5, 200]})
+    before, modules = logits(model), dict(model.named_modules())
+    planned = plan(model, config)
+    assert (planned.modules, planned.num_parameters) == ((), 64)
+    assert "model.embed_tokens" in str(planned)
+    attachment = attach(model, config)
+    assert plan_of(model) == planned
+    assert list(attachment.parameters()) == ["model.embed_tokens.token_rows"]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert attachment.parameters()["model.embed_tokens.token_rows"].grad.any()
+    filled(model)
+    got = logits(model)
+    adapter = detach(model)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model), before)
+    attach(model, adapter)
+    assert torch.equal(logits(model), got)
+    assert detach(model).digest == adapter.digest
+    record = veneer.merge(model, adapter)
+    torch.testing.assert_close(logits(model), got)
+    veneer.unmerge(model, record)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_table_that_trains_whole_has_no_rows_of_its_own(tiny):
+    """Named by a module around it, which the settings alone cannot tell."""
+    model = tiny(tie_word_embeddings=False)
+    modules = dict(model.named_modules())
+    config = LoRAConfig(rank=2, target_modules=["lm_head"], modules_to_save=["model"], token_rows={"embed_tokens": [1]})
+    for ask in (plan, attach):
+        with pytest.raises(TargetError, match="the whole table trains by modules_to_save, its rows with it"):
+            ask(model, config)
+    assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_means_the_same_by_rows_alone_both_ways(tiny, tied, named, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny(tie_word_embeddings=tied)
+    attach(model, LoRAConfig(target_modules=(), token_rows={"embed_tokens": [5, 200]}))
+    filled(model)
+    ours = logits(model)
+    veneer.save_adapter(detach(model), tmp_path / "ours")
+    theirs = logits(peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    table = {"target_modules": ["embed_tokens"]} if named else {}
+    config = peft.TrainableTokensConfig(token_indices=[7, 5], **table)
+    wrapped = peft.get_peft_model(tiny(tie_word_embeddings=tied), config).eval()
+    with torch.no_grad():
+        for parameter in (one for one in wrapped.parameters() if one.requires_grad):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = tiny(tie_word_embeddings=tied)
+    attach(model, veneer.load_adapter(tmp_path / "theirs"))
     torch.testing.assert_close(logits(model), theirs, rtol=1e-5, atol=1e-5)
     assert detach(model).tokens["model.embed_tokens"].indices == (7, 5)

@@ -23,7 +23,7 @@ from veneer.nn.attach import attach, attachment_of, detach
 from veneer.nn.conv import outputs_first
 from veneer.storage.int8 import quantise_int8
 from veneer.storage.nf4 import quantise_nf4
-from veneer.storage.registry import read_weight
+from veneer.storage.registry import read_weight, write_weight
 from veneer.tools.merge import merge, unmerge
 from veneer.tools.merge_probe import TOLERANCES, compare
 from veneer.tools.merge_weights import round_once
@@ -32,13 +32,14 @@ IDS = torch.arange(40).reshape(2, 20) * 7 % 259
 
 
 class Int8(Int8Tensor):
-    """As torchao's, and it can be looked at in another shape, which the fingerprint of a model does."""
+    """As torchao's, which says by torch's own protocol what it wraps: the fingerprint of a model samples that."""
 
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.view.default:
-            return args[0].dequantize().view(args[1])
-        return super().__torch_dispatch__(function, types, args, kwargs)
+    def __tensor_flatten__(self):
+        return ["qdata", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Int8(inner["qdata"], inner["scale"])
 
 
 class Other(Int8):
@@ -529,6 +530,33 @@ def test_a_copy_of_a_merged_model_can_be_unmerged_too():
     assert bits(other[0].weight) == before != bits(model[0].weight)
 
 
+def test_a_copy_is_tied_again_by_itself(tiny):
+    model = tiny()
+    adapter, before = filled(model, target_modules=["lm_head", "q_proj"]), state(model)
+    numbers = {name: bits(one) for name, one in named(model)}
+    record = merge(model, adapter, tied="untie")
+    other, merged = copy.deepcopy(model), state(model)
+    unmerge(other, record)
+    assert {name: bits(one) for name, one in named(other)} == numbers
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert other.config.tie_word_embeddings is True
+    mine, copied = ({id(one) for one in which.parameters()} for which in (model, other))
+    assert not mine & copied
+    assert (state(model), model.config.tie_word_embeddings) == (merged, False)
+    unmerge(model, record)
+    assert state(model) == before
+
+
+def test_a_copy_of_what_shared_memory_gets_its_numbers_back():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.detach())  # another object on the same memory
+    before = bits(model[0].weight)
+    record = merge(model, filled(model, target_modules=["0"]), tied="untie")
+    other = copy.deepcopy(model)
+    unmerge(other, record)
+    assert bits(other[0].weight) == bits(other[1].weight) == before != bits(model[0].weight)
+
+
 def test_modes_and_flags_stay():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 3))
     model[0].weight.requires_grad_(False)
@@ -851,3 +879,28 @@ def test_what_no_weight_can_do_is_refused(config, tiny):
     adapter = detach(model)
     with pytest.raises(AdapterError, match="acts from its invocation on only"):
         merge(model, adapter)
+
+
+@pytest.mark.parametrize("quantised", ["dequantise", "requantise"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_copy_gets_copies_of_the_layers_that_were_replaced(name, quantised):
+    model = quantised_model(STORED[name])
+    layer, before = model[0], stored_bits(model[0])
+    record = merge(model, quantised_adapter(), quantised=quantised, probe=lambda one: one(X.reshape(2, 64)))
+    copies, merged = [copy.deepcopy(model) for _ in range(3)], read_weight(model[0])
+    unmerge(copies[0], record)
+    assert type(copies[0][0]) is type(layer)
+    assert copies[0][0] is not layer
+    assert stored_bits(copies[0][0]) == before
+    assert torch.equal(read_weight(model[0]), merged)
+    unmerge(model, record)
+    assert model[0] is layer
+    assert stored_bits(layer) == before
+    # The original may have served for something else since; then it cannot be copied any more.
+    write_weight(layer, -read_weight(layer))
+    if quantised == "dequantise":
+        with pytest.raises(AttachError, match="the layer that the merge replaced was changed since"):
+            unmerge(copies[1], record)
+    copies[2][0] = nn.Identity()
+    with pytest.raises(AttachError, match=r"another module stands here|the numbers are others"):
+        unmerge(copies[2], record)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.train.test_run import lines
 
+from veneer.base.blocks import Block
 from veneer.base.load import load_tokenizer
 from veneer.base.ragged import ATTENTION
 from veneer.base.source import find_source
@@ -38,10 +39,16 @@ def test_fast_and_plain_train_the_same_adapter(make_run, caplog):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_layers_computed_again_give_the_same_bytes(make_run, caplog, dropout):
+def test_layers_computed_again_give_the_same_bytes(make_run, caplog, monkeypatch, dropout):
+    calls = []
+    own = Block._mlp
+    monkeypatch.setattr(Block, "_mlp", lambda self, x: calls.append(torch.is_grad_enabled()) or own(self, x))
     caplog.set_level(logging.INFO, logger="veneer")
     adapter = {"target_modules": ["q_proj", "up_proj"], "dropout": dropout}
-    once, again = run(make_run("once", adapter)), run(make_run("again", adapter, checkpoint_activations=True))
+    once = run(make_run("once", adapter))
+    calls_once, calls[:] = sum(calls), []
+    again = run(make_run("again", adapter, checkpoint_activations=True))
+    assert sum(calls) == 2 * calls_once  # calls that record for a backward
     assert "activations of 2 layers are computed again" in messages(caplog)
     assert once.adapter.digest == again.adapter.digest
 

@@ -6,10 +6,12 @@ A layer is known by the names of its parts and proved by a probe: where the fast
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.base.ragged import ragged_attention_forward
 from veneer.nn.layer import has_hooks
@@ -182,4 +184,9 @@ def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *ar
     plain = not args and options.get("past_key_values") is None and options.get("attention_mask") is None
     if not plain or lengths is None or turns is None or torch.is_autocast_enabled(hidden_states.device.type):
         return own_forward(hidden_states, *args, **options)
+    layer = block.layer
+    if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
+        # In transformers' layers this is a part of `forward`.
+        again = partial(block.forward, position_embeddings=turns, sequence_lengths=lengths)
+        return layer._gradient_checkpointing_func(again, hidden_states)
     return block.forward(hidden_states, position_embeddings=turns, sequence_lengths=lengths)

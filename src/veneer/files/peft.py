@@ -22,6 +22,8 @@ from veneer.files.peft_config import config_from_peft, config_to_peft
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG, PREFIX, TENSORS, read_folder
 from veneer.files.peft_keys import Parts, read_keys, trained_problems
 from veneer.files.peft_layout import Placed, owner_of, place_factors, read_pair, write_factors
+from veneer.files.peft_tokens import METHOD as TOKENS_ALONE
+from veneer.files.peft_tokens import read_rows_alone, rows_alone, write_rows_alone
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
 from veneer.names import matches_suffix
@@ -54,14 +56,9 @@ def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, 
     problems = trained_problems(adapter.config, set(adapter.modules), adapter.trained, adapter.metadata.task_type)
     if problems:
         raise AdapterError("the adapter's settings do not say what it holds", problems)
-    tensors: dict[str, Tensor] = {}
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in write_factors(adapter.modules).items()}
-    tensors |= {f"{PREFIX}{path}{_ROWS}": one.rows for path, one in adapter.tokens.items()}
-    for path, tensor in adapter.trained.items():
-        parent = path.removesuffix(".bias")
-        wrapped = path.endswith(".bias") and parent in adapter.modules
-        tensors[f"{PREFIX}{parent}.base_layer.bias" if wrapped else f"{PREFIX}{path}"] = tensor
-    files = {CONFIG: dump_json(config_to_peft(adapter)), TENSORS: dump_tensors(tensors)}
+    raw, named = write_rows_alone(adapter) if rows_alone(adapter) else (config_to_peft(adapter), _tensors(adapter))
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in named.items()}
+    files = {CONFIG: dump_json(raw), TENSORS: dump_tensors(tensors)}
     # What cannot be read back the same is not written: odd names, for one, or a weight that is not finite.
     again = adapter_from_files(files, "the adapter as written", _notes(adapter))
     if again.digest != adapter.digest:
@@ -81,6 +78,11 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
         AdapterError: If a key is not understood, a value has the wrong shape, or anything is missing; all at once.
     """
     raw = parse_json(files[CONFIG], f"{where}/{CONFIG}", max_bytes=MAX_CONFIG)
+    if isinstance(raw, dict) and raw.get("peft_type") == TOKENS_ALONE:
+        tensors, known = parse_tensors(files[TENSORS], f"{where}/{TENSORS}"), _read_notes(notes or {}, where)
+        config, metadata, tokens = read_rows_alone(raw, tensors, where)
+        metadata = with_changes(metadata, **known["metadata"])
+        return _vouched(Adapter({}, known["config"] or config, {}, metadata, tokens), known, where)
     config, metadata = config_from_peft(raw, f"{where}/{CONFIG}")
     place = f"{where}/{TENSORS}"
     tensors = parse_tensors(files[TENSORS], place)
@@ -100,10 +102,24 @@ def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[st
     trained = {path: tensors[key] for path, key in parts.trained.items()}
     weights = tuple((path, sample_digest(tensors[key])) for path, key in sorted(parts.base_weights.items()))
     metadata = with_changes(metadata, base_weights=weights or known["base_weights"], **known["metadata"])
-    adapter = Adapter(modules, known["config"] or config, trained, metadata, tokens)
+    return _vouched(Adapter(modules, known["config"] or config, trained, metadata, tokens), known, where)
+
+
+def _vouched(adapter: Adapter, known: Mapping[str, Any], where: str) -> Adapter:
     if known["digest"] not in (None, adapter.digest):
         raise DamagedArtefactError(f"{where}: expected digest {known['digest']}, got {adapter.digest}")
     return adapter
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by their names without PEFT's prefix."""
+    named = write_factors(adapter.modules)
+    named |= {f"{path}{_ROWS}": one.rows for path, one in adapter.tokens.items()}
+    for path, tensor in adapter.trained.items():
+        parent = path.removesuffix(".bias")
+        wrapped = path.endswith(".bias") and parent in adapter.modules
+        named[f"{parent}.base_layer.bias" if wrapped else path] = tensor
+    return named
 
 
 def save_adapter(
@@ -250,7 +266,7 @@ def _bias_problems(parts: Parts, modules: Mapping[str, LowRank], tensors: Mappin
 
 def _notes(adapter: Adapter) -> dict[str, Any]:
     """Return what we know of an adapter that PEFT's files have no place for."""
-    scales = config_from_peft(config_to_peft(adapter), CONFIG)[0]
+    scales = LoRAConfig() if rows_alone(adapter) else config_from_peft(config_to_peft(adapter), CONFIG)[0]
     owners = {path: owner_of(path, pair.form) for path, pair in adapter.modules.items()}
     ranks = resolve(owners.values(), scales.rank_pattern, scales.rank)
     alphas = resolve(owners.values(), scales.alpha_pattern, scales.alpha)

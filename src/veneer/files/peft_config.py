@@ -140,7 +140,8 @@ def config_to_peft(adapter: Adapter) -> dict[str, Any]:
         (['layers.0.q_proj'], 2, 4)
     """
     if not adapter.modules:
-        raise AdapterError("PEFT's layout needs at least one adapted module, got only parameters that trained whole")
+        what = "parameters that trained whole" + (" and rows of tokens" if adapter.tokens else "")
+        raise AdapterError(f"PEFT's layout needs at least one adapted module, got only {what}")
     config, metadata, scales = adapter.config, adapter.metadata, scales_for(adapter)
     forms = {pair.form for pair in adapter.modules.values()}
     used = {

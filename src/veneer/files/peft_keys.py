@@ -50,7 +50,9 @@ class Parts:
     problems: tuple[str, ...]
 
 
-def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], where: str) -> Parts:
+def read_keys(
+    tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], where: str, *, rows: re.Pattern[str] = _TOKENS
+) -> Parts:
     """Sort the tensors of a file into factors and parameters that trained whole.
 
     Args:
@@ -58,6 +60,7 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
         prefix: What every key begins with.
         saved: `modules_to_save` of the configuration.
         where: What errors call the file.
+        rows: What a key of a table's trained rows looks like.
 
     Raises:
         AdapterError: If no key has the prefix.
@@ -85,7 +88,7 @@ def read_keys(tensors: Mapping[str, Tensor], prefix: str, saved: Sequence[str], 
             if side in sides:
                 problems.append(f"{key!r}: stands for the same factor as {sides[side]!r}")
             sides[side] = key
-        elif table := _TOKENS.fullmatch(key, len(prefix)):
+        elif table := rows.fullmatch(key, len(prefix)):
             tokens[table["path"]] = key
         else:
             rest[key.removeprefix(prefix)] = key

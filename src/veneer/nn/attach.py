@@ -29,6 +29,7 @@ from veneer.nn.tokens import TokenSlot, TokenTable, install_tokens, token_target
 from veneer.nn.trained import TrainedParameter, swap_in, swap_out, trained_parameters
 from veneer.ops.dora import weight_norm2
 from veneer.ops.sample import sample_digest
+from veneer.storage.registry import storage_of
 
 _ATTRIBUTE = "_veneer_attachment"
 _ACTIVATED = (
@@ -147,7 +148,8 @@ def attach(
             for target in targets
         }
     adapted = {target.owner for target in targets}
-    tokens = token_targets(model, config.token_rows, adapted, what.tokens if isinstance(what, Adapter) else None)
+    rows = what.tokens if isinstance(what, Adapter) else None
+    tokens = token_targets(model, config.token_rows, adapted, rows, whole=trained)
     routing = Routing(needs_segments=_ACTIVATED if config.invocation_tokens else None)
     attachment = Attachment(config, metadata, routing, tuple(targets))
     attachment.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -294,9 +296,11 @@ def check_base(model: nn.Module, adapter: Adapter, base_fingerprint: str) -> Non
         elif sample_digest(weight) != digest:
             problems.append(f"{path}.weight: the adapter's file carries other values")
     if problems:
+        stored = sorted({one.name for module in model.modules() if (one := storage_of(module)) is not None} - {"plain"})
         raise AdapterError(
-            f"the adapter was made for other weights of {adapter.metadata.base or 'its base'} (another model, "
-            "revision or quantisation; nothing was touched); any_base=True, or --any-base, puts it in all the same",
+            f"the adapter was made for other weights of {adapter.metadata.base or 'its base'} (another model or "
+            f"revision, or stored otherwise: here as {', '.join(stored) or 'plain'}, which storage= of load_base, or "
+            "--storage, sets; nothing was touched); any_base=True, or --any-base, puts it in all the same",
             problems,
         )
 

@@ -1,16 +1,17 @@
 """LoRA on stacked mixture-of-experts parameters: low-rank products of each expert's own tokens, never a dense delta.
 
-Shapes: T tokens, K experts of each, S = T·K pairs, E experts, H hidden, F features within an expert, R rank.
+Shapes: T tokens, K experts of each, S = T·K pairs, E experts, I in, O out, H hidden, R rank.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer
-from veneer.ops.lora import lora_linear
+from veneer.ops.experts import lora_experts
+from veneer.ops.reference import linear_experts
 
 UP_GATED, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 
@@ -61,21 +62,11 @@ class LoRAExperts(LoRALayer):
         base: Any = self.base
         if slot_index is None or index_TK.numel() == 0:
             return base(x_TH, index_TK, weights_TK)
-        chosen = index_TK.shape[1]
         order_S = index_TK.reshape(-1).argsort(stable=True)
         counts = torch.bincount(index_TK.reshape(-1), minlength=base.num_experts).tolist()
-        up_name = UP_GATED if base.has_gate else UP
-        up, down = self._projection(up_name, slot_index, x_TH.dtype), self._projection(DOWN, slot_index, x_TH.dtype)
-        outputs, start = [], 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            tokens = order_S[start : start + count] // chosen
-            inner = up(expert, x_TH[tokens])
-            inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
-            outputs.append(down(expert, inner))
-            start += count
-        out_SH = torch.cat(outputs)
+        inner = self._project(UP_GATED if base.has_gate else UP, slot_index, x_TH[order_S // index_TK.shape[1]], counts)
+        inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
+        out_SH = self._project(DOWN, slot_index, inner, counts)
         if base.has_post_expert_norm:
             out_SH = base.post_expert_norm(out_SH)
         out_SH = out_SH * weights_TK.reshape(-1)[order_S][:, None]
@@ -83,28 +74,21 @@ class LoRAExperts(LoRALayer):
         back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         return out_SH[back_S].view(*index_TK.shape, -1).sum(1).to(x_TH.dtype)
 
-    def _projection(self, name: str, slot_index: int, dtype: torch.dtype) -> Any:
-        """Return the function (expert, its tokens) → the projection of them, with the update where there is one."""
+    def _project(self, name: str, slot_index: int, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return a projection of all experts' rows, with the update where there is one."""
         base: Any = self.base
         weight = base.get_parameter(name)
-        bias = base.get_parameter(f"{name}_bias") if base.has_bias else None
+        W_EOI = weight.mT if base.is_transposed else weight
+        bias_EO = base.get_parameter(f"{name}_bias") if base.has_bias else None
         bank: Any = self.slots[slot_index]
-        slot = self.slot(slot_index, name) if name in bank else None
-        # One unbind gives each expert its factors, and its gradients one place to be stacked.
-        factors = None if slot is None else [one.unbind(0) for one in slot.factors(dtype)]
-
-        def project(expert: int, x: Tensor) -> Tensor:
-            W_OI = weight[expert].T if base.is_transposed else weight[expert]
-            b_O = None if bias is None else bias[expert]
-            if slot is None or factors is None:
-                return F.linear(x, W_OI, b_O)
-            A, B = factors[0][expert], factors[1][expert]
-            dropped = self.drop(x, slot)
-            if dropped is x:
-                return lora_linear(x, W_OI, b_O, A, B, slot.scaling)
-            return F.linear(x, W_OI, b_O) + slot.scaling * (dropped @ A.T @ B.T)
-
-        return project
+        if name not in bank:
+            return linear_experts(x_SI, W_EOI, bias_EO, counts)
+        slot = self.slot(slot_index, name)
+        A_ERI, B_EOR = slot.factors(x_SI.dtype)
+        if not self.dropping(slot):
+            return lora_experts(x_SI, W_EOI, bias_EO, A_ERI, B_EOR, slot.scaling, counts)
+        z_SR = linear_experts(self.drop(x_SI, slot), A_ERI, None, counts)
+        return linear_experts(x_SI, W_EOI, bias_EO, counts) + slot.scaling * linear_experts(z_SR, B_EOR, None, counts)
 
 
 def why_not_experts(module: nn.Module, name: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.nn.attention import LoRAAttention
 from veneer.nn.conv import LoRAConv, LoRAConvTranspose, conv_sizes
 from veneer.nn.embedding import LoRAEmbedding, why_not_embedding
 from veneer.nn.experts import LoRAExperts, StackedExperts, expert_sizes, why_not_experts
@@ -172,7 +173,7 @@ KINDS: tuple[LayerKind, ...] = (
         "attention in",
         "attention_in",
         _in_attention("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-        LoRAParameters,
+        LoRAAttention,
         _parameter_sizes,
         _matrix_shapes(_parameter_sizes),
         _never,
@@ -182,7 +183,7 @@ KINDS: tuple[LayerKind, ...] = (
         "attention out",
         "attention_out",
         _in_attention("out_proj.weight"),
-        LoRAParameters,
+        LoRAAttention,
         _parameter_sizes,
         _matrix_shapes(_parameter_sizes),
         _never,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NonFiniteError, TargetError
 from veneer.names import did_you_mean
-from veneer.nn.linear import is_transposed_linear
+from veneer.nn.kinds import kind_of
 from veneer.ops.initialise_directions import Directions, add_rows, turned
 
 __all__ = ["Directions", "input_directions", "weight_gradients"]
@@ -235,7 +235,7 @@ def _updated(
 
 
 def _row_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers by their paths.
+    """Return the layers by their paths, linear ones in whatever form their weights are stored.
 
     Raises:
         TargetError: For every path that names none, or no linear one, all at once.
@@ -245,7 +245,7 @@ def _row_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     for path in paths:
         if path not in known:
             problems.append(f"{path}: the model has no such module{did_you_mean(path, known)}")
-        elif not isinstance(known[path], nn.Linear) and not is_transposed_linear(known[path]):
+        elif (kind := kind_of(known[path])) is None or kind.form not in ("linear", "transposed"):
             problems.append(f"{path}: is a {type(known[path]).__name__}, expected a linear layer without an adapter")
     if problems:
         raise TargetError("these layers cannot be observed (nothing was run)", problems)

@@ -127,7 +127,8 @@ def plan(model: nn.Module, config: LoRAConfig, *, probe: Callable[[], object] | 
     targets = find_targets(model, config, skip=output_heads(model))
     owners = [target.owner for target in targets]
     trained = trained_parameters(model, owners, config, None)
-    rows = {one.path: one.value.rows for one in token_targets(model, config.token_rows, set(owners), None)}
+    tokens = token_targets(model, config.token_rows, set(owners), None, whole=trained)
+    rows = {one.path: one.value.rows for one in tokens}
     notes = [note for target in targets for note in oversized(model.get_submodule(target.owner), target)]
     notes += [*ambiguous(targets, config), *unsaved(targets, config)]
     if probe is not None:

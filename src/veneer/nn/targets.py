@@ -101,7 +101,8 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, skip: Iterable[nn.Modu
         *unfit_layers(modules, wanted),
         *tied_tables(modules, [owner for owner, _ in wanted]),
     ]
-    if not wanted and not problems and not config.modules_to_save:
+    asked = config.target_modules or config.target_parameters  # without either, rows of tokens train alone
+    if asked and not wanted and not problems and not config.modules_to_save:
         problems.append(f"nothing is left of target_modules={config.target_modules!r}")
     targets = []
     if not problems:

@@ -3,7 +3,7 @@
 Shapes: N ids, V vocabulary, D size of a row, T trained rows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,12 @@ class TokenTarget:
 
 
 def token_targets(
-    model: nn.Module, asked: Mapping[str, tuple[int, ...]], adapted: set[str], values: Mapping[str, TokenRows] | None
+    model: nn.Module,
+    asked: Mapping[str, tuple[int, ...]],
+    adapted: set[str],
+    values: Mapping[str, TokenRows] | None,
+    *,
+    whole: Collection[str] = (),
 ) -> list[TokenTarget]:
     """Return the tables of which rows train; the model is not touched.
 
@@ -122,6 +127,7 @@ def token_targets(
         asked: Suffix of a table's path to the rows, from a configuration.
         adapted: Paths of layers with factors: one cannot be both.
         values: What an adapter brings, by path; None for a fresh adapter, which starts from the base's rows.
+        whole: Paths of parameters that train whole: a table among them has no rows of its own.
 
     Raises:
         TargetError: If an entry matches no table or several, or rows lie outside; all at once.
@@ -137,6 +143,11 @@ def token_targets(
                 problems.append(f"token_rows entry {entry!r} matches {len(found)} tables{did_you_mean(entry, tables)}")
             wanted |= dict.fromkeys(found[:1], indices)
     problems += [line for path in wanted for line in _problems(modules, path, wanted[path], adapted, tables)]
+    problems += [
+        f"{path}: the whole table trains by modules_to_save, its rows with it; choose one"
+        for path in wanted
+        if f"{path}.weight" in whole
+    ]
     if problems:
         raise TargetError("the rows of these tokens cannot be trained as asked (nothing was touched)", problems)
     targets = []

@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total_C1.log() + top_C1 - target_logit_C1).sum()
             if dx_ND is not None:
                 probability_CV.div_(total_C1).scatter_add_(1, target_C1, -torch.ones_like(total_C1))
-                torch.mm(probability_CV.to(W_VD.dtype), W_VD, out=dx_ND[rows])
+                dx_ND[rows] = product(probability_CV.to(W_VD.dtype), W_VD.T)
         ctx.save_for_backward(*([dx_ND] if dx_ND is not None else []))
         return loss
 

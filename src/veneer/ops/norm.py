@@ -90,8 +90,8 @@ def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
         Three passes forward, five backward; kept: `x` and one number a row.
 
     Example:
-        >>> rms_norm(torch.tensor([[3.0, 3.0]]), RMSNorm(torch.ones(2), 0.0)).tolist()
-        [[1.0, 1.0]]
+        >>> rms_norm(torch.tensor([[4.0, 4.0]]), RMSNorm(torch.full((2,), 3.0), 0.0)).round(decimals=4).tolist()
+        [[3.0, 3.0]]
 
     Source:
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.

@@ -42,9 +42,9 @@ class StoredLinear(nn.Module):
         """The function that reads rows of the weight from them."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x of shape (..., in), in the dtype of x."""
-        return panel_linear(x, self.bias, self.decode, self.out_features, self.stored)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it, and callers may too)
+        """Apply the layer to an input of shape (..., in), in its dtype."""
+        return panel_linear(input, self.bias, self.decode, self.out_features, self.stored)
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield runs of rows and those rows of the weight, in one buffer that the next ones overwrite."""

@@ -300,7 +300,7 @@ def _merge_one(model: nn.Module, target: Target, plan: _Plan, dtype: torch.dtype
         plan.kept.append(keep_stored(model, target.owner))
         return _described(target, stored, stored, requantise(module, target, pair))
     replacement, change = dequantised(module, target, pair, plan.full_weights, dtype)
-    plan.kept.append(KeptModule(target.owner, module, replacement))
+    plan.kept.append(KeptModule(target.owner, module, replacement, fingerprint(module)))
     put(model, target.owner, replacement)
     return _described(target, stored, stored_as_now(replacement), change)
 

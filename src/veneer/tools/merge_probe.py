@@ -10,8 +10,9 @@ from veneer.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError
 from veneer.nn.attach import attach, detach
 from veneer.nn.modes import evaluating
+from veneer.tools.merge_config import HasConfig
 from veneer.tools.merge_record import ProbeResult
-from veneer.tools.merge_ties import HasBothEmbeddings, HasConfig
+from veneer.tools.merge_ties import HasBothEmbeddings
 
 Probe = Callable[[nn.Module], Tensor]
 

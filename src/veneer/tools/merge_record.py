@@ -74,27 +74,30 @@ class KeptStored:
 
 @dataclass(frozen=True)
 class KeptModule:
-    """A module was replaced."""
+    """A module was replaced; the fingerprint is the original's."""
 
     path: str
     original: nn.Module
     replacement: nn.Module
+    fingerprint: str
 
 
 @dataclass(frozen=True)
 class KeptTie:
-    """A place got a parameter of its own."""
+    """A place got a parameter of its own; before, it had that of the keeper, or another on the same memory."""
 
     path: str
+    keeper: str
     original: nn.Parameter
     copy: nn.Parameter
+    was_the_keepers: bool
 
 
 @dataclass(frozen=True)
 class KeptSetting:
-    """A configuration's `tie_word_embeddings` was set."""
+    """`tie_word_embeddings` was set in one of a model's configurations, counted as `tying_configs` gives them."""
 
-    config: Any
+    place: int
     value: bool | None
 
 

@@ -8,30 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import TargetError
+from veneer.tools.merge_config import tying_configs
 from veneer.tools.merge_record import Kept, KeptSetting, KeptTie
 from veneer.tools.merge_undo import put
-
-
-@runtime_checkable
-class TiesWords(Protocol):
-    """The protocol of transformers' configurations for a head that is tied to the table."""
-
-    tie_word_embeddings: bool | None
-
-
-@runtime_checkable
-class HasTextConfig(Protocol):
-    """The protocol of transformers' configurations, of which some hold another one for text."""
-
-    def get_text_config(self) -> object:
-        """Return the configuration for text, often the same object."""
-
-
-@runtime_checkable
-class HasConfig(Protocol):
-    """The protocol of transformers' models for their configuration."""
-
-    config: object
 
 
 @runtime_checkable
@@ -148,7 +127,7 @@ def _problems(model: nn.Module, tie: Tie, untie: bool) -> Iterator[str]:
     places = [_place(model, name) for name in (tie.keeper, *tie.others)]
     if len({(id(module), name) for module, name in places}) < len(places):
         yield f"{same}, because one module stands at several places: it cannot be untied"
-    elif _configs(model) and not _is_table_and_head(model, tie):
+    elif tying_configs(model) and not _is_table_and_head(model, tie):
         yield f"{same}; only a head and its table can be untied in a saved configuration, others are tied when it loads"
 
 
@@ -164,14 +143,6 @@ def _is_table_and_head(model: nn.Module, tie: Tie) -> bool:
     return owners == {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
 
 
-def _configs(model: nn.Module) -> list[TiesWords]:
-    """Return the configurations of a model that say whether its head is tied."""
-    config = model.config if isinstance(model, HasConfig) else None
-    text = config.get_text_config() if isinstance(config, HasTextConfig) else None
-    found = [one for one in (config, text) if isinstance(one, TiesWords)]
-    return found[:1] if len(found) == 2 and found[0] is found[1] else found
-
-
 def untie(model: nn.Module, ties: Sequence[Tie], kept: list[Kept]) -> None:
     """Give each other place of a tied parameter a copy of its own, and say so in the configuration.
 
@@ -185,8 +156,8 @@ def untie(model: nn.Module, ties: Sequence[Tie], kept: list[Kept]) -> None:
             original = model.get_parameter(path)
             with torch.no_grad():
                 copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-            kept.append(KeptTie(path, original, copy))
+            kept.append(KeptTie(path, tie.keeper, original, copy, original is model.get_parameter(tie.keeper)))
             put(model, path, copy)
-    for config in _configs(model) if ties else ():
-        kept.append(KeptSetting(config, config.tie_word_embeddings))
+    for place, config in enumerate(tying_configs(model) if ties else ()):
+        kept.append(KeptSetting(place, config.tie_word_embeddings))
         config.tie_word_embeddings = False

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import AttachError
-from veneer.storage.registry import read_weight
+from veneer.nn.fingerprint import fingerprint
+from veneer.storage.registry import read_weight, storage_of
+from veneer.tools.merge_config import tying_configs
 from veneer.tools.merge_record import Kept, KeptBits, KeptModule, KeptSetting, KeptStored, KeptTie
 
 
@@ -63,7 +66,13 @@ def put(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
 
 @torch.no_grad()
 def undo(model: nn.Module, kept: Iterable[Kept]) -> None:
-    """Put everything back, the last first; numbers by path, modules and parameters as the objects that they were."""
+    """Put everything back, the last first; numbers by path, modules and parameters as the objects that they were.
+
+    In a copy of the merged model, which a merge's record does not know, these are copies of their own.
+
+    Raises:
+        AttachError: If a quantised weight cannot be put back, or is to be copied and was changed since.
+    """
     for one in reversed(list(kept)):
         match one:
             case KeptBits():
@@ -71,14 +80,32 @@ def undo(model: nn.Module, kept: Iterable[Kept]) -> None:
             case KeptStored():
                 _restore(model.get_submodule(one.path), one)
             case KeptModule():
-                _follow(one.original, one.replacement)
-                put(model, one.path, one.original)
+                _put_back(model, one)
             case KeptTie():
-                # The model may have been moved in between.
-                one.original.data = one.original.data.to(one.copy.device)
-                put(model, one.path, one.original)
+                _tie_again(model, one)
             case KeptSetting():
-                one.config.tie_word_embeddings = one.value
+                tying_configs(model)[one.place].tie_word_embeddings = one.value
+
+
+def _put_back(model: nn.Module, kept: KeptModule) -> None:
+    now, original = model.get_submodule(kept.path), kept.original
+    if now is not kept.replacement:
+        if fingerprint(original) != kept.fingerprint:
+            raise AttachError(f"{kept.path}: the layer that the merge replaced was changed since, and cannot be copied")
+        original = deepcopy(original)
+    _follow(original, now)
+    put(model, kept.path, original)
+
+
+def _tie_again(model: nn.Module, kept: KeptTie) -> None:
+    now = model.get_parameter(kept.path)
+    if now is kept.copy:
+        # The model may have been moved in between.
+        kept.original.data = kept.original.data.to(now.device)
+        put(model, kept.path, kept.original)
+    elif kept.was_the_keepers:
+        put(model, kept.path, model.get_parameter(kept.keeper))
+    # Else the copy's own parameter stays: that it lay on the keeper's memory is nothing that a copy can have.
 
 
 def _restore(module: nn.Module, kept: KeptStored) -> None:
@@ -117,7 +144,8 @@ def altered(model: nn.Module, kept: Iterable[Kept], written: Mapping[str, str]) 
     """Yield a line for each place that is no longer what the merge wrote."""
     modules = dict(model.named_modules())
     for one in kept:
-        if isinstance(one, KeptModule) and modules.get(one.path) is not one.replacement:
+        # Of a copy of the model the module is another one; what it stands for is compared below.
+        if isinstance(one, KeptModule) and type(modules.get(one.path)) is not type(one.replacement):
             yield f"{one.path}: another module stands here than the one that the merge put"
     found = digests(model, kept)
     yield from (f"{place}: the numbers are others" for place, digest in written.items() if found.get(place) != digest)
@@ -130,7 +158,7 @@ def _readers(model: nn.Module, kept: Iterable[Kept]) -> Iterator[tuple[str, Call
         match one:
             case KeptBits() | KeptTie() if one.path in known:
                 yield one.path, lambda path=one.path: _digest(known[path])  # type: ignore[misc]
-            case KeptModule() | KeptStored() if one.path in modules:
+            case KeptModule() | KeptStored() if one.path in modules and storage_of(modules[one.path]) is not None:
                 # In whatever form it is stored: what counts is what it stands for.
                 yield one.path, lambda path=one.path: _digest(read_weight(modules[path]))  # type: ignore[misc]
 

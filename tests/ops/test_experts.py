@@ -1,0 +1,99 @@
+"""The experts' linear layers in one step equal the plain loop over experts, gradients included."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from veneer.ops import reference
+from veneer.ops.experts import lora_experts
+
+sizes = st.integers(1, 5)
+TENSORS = ("x", "W", "bias", "A", "B")
+
+
+def make(counts: list[int], inputs: int, outputs: int, rank: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    experts = len(counts)
+    shapes = (
+        (sum(counts), inputs),
+        (experts, outputs, inputs),
+        (experts, outputs),
+        (experts, rank, inputs),
+        (experts, outputs, rank),
+    )
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
+    sizes,
+    sizes,
+    sizes,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equals_the_reference_with_gradients(counts, inputs, outputs, rank, with_bias, transposed, dtype):
+    arguments = make(counts, inputs, outputs, rank, dtype)
+    if transposed:
+        arguments[1] = arguments[1].mT.contiguous().mT
+    results = []
+    for function in (reference.lora_experts, lora_experts):
+        leaves: list[Tensor | None] = [one.clone().requires_grad_() for one in arguments]
+        if not with_bias:
+            leaves[2] = None
+        out = function(*leaves, 0.7, counts)
+        (out * torch.arange(out.numel(), dtype=dtype).view_as(out)).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.parametrize("frozen", TENSORS)
+def test_gradcheck_with_one_input_frozen(frozen):
+    counts = [2, 0, 1]
+    arguments = make(counts, 3, 4, 2)
+    for name, one in zip(TENSORS, arguments, strict=True):
+        one.requires_grad_(name != frozen)
+    assert torch.autograd.gradcheck(lambda *given: lora_experts(*given, 1.3, counts), arguments)
+
+
+def test_an_expert_is_its_own_linear_layer():
+    counts = [3, 0, 2]
+    x, W, bias, A, B = make(counts, 4, 5, 2)
+    out = lora_experts(x, W, bias, A, B, 0.5, counts)
+    torch.testing.assert_close(out[:3], reference.lora_linear(x[:3], W[0], bias[0], A[0], B[0], 0.5))
+    torch.testing.assert_close(out[3:], reference.lora_linear(x[3:], W[2], bias[2], A[2], B[2], 0.5))
+
+
+def test_an_expert_without_rows_gets_a_gradient_of_zeros():
+    counts = [3, 0]
+    x, W, bias, A, B = make(counts, 4, 5, 2)
+    A.requires_grad_(), B.requires_grad_()
+    lora_experts(x, W, bias, A, B, 0.5, counts).sum().backward()
+    assert A.grad[0].any()
+    assert B.grad[0].any()
+    assert not A.grad[1].any()
+    assert not B.grad[1].any()
+
+
+def test_of_all_rows_the_input_and_its_projection_are_kept_for_backward():
+    counts = [40, 24]
+    x, W, bias, A, B = make(counts, 8, 6, 2)
+    saved: list[Tensor] = []
+    x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        lora_experts(x, W, bias, A, B, 0.5, counts)
+    assert sorted(tuple(one.shape) for one in saved if len(one) == 64) == [(64, 2), (64, 8)]
+
+
+def test_autocast_casts_each_product():
+    counts = [2, 3]
+    arguments = make(counts, 4, 5, 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lora_experts(*arguments, 0.5, counts)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), reference.lora_experts(*arguments, 0.5, counts), rtol=0.1, atol=0.1)
