@@ -39,13 +39,18 @@ def test_results_are_those_without_a_cache(make_run, dropout):
     }
     for place, result in results.items():
         folder = Path(result.folder)
-        # Here even the last bits: micro-batches are long enough for the same matrix kernels.
-        assert without_times(lines(folder)) == without_times(lines(results["off"].folder)), place
+        # To the last bit within the first epoch; later ones meet rows computed in other batches than theirs.
+        ours, theirs = without_times(lines(folder)), without_times(lines(results["off"].folder))
+        first = sum(line["epoch"] <= 1 for line in theirs)
+        assert ours[:first] == theirs[:first], place
+        assert [line.get("loss", 0) for line in ours] == pytest.approx(
+            [line.get("loss", 0) for line in theirs], rel=1e-5
+        )
         assert {path.name for path in folder.iterdir()} == {
             *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter")
         }
-        weights = "adapter_model.safetensors"
-        assert (folder / "adapter" / weights).read_bytes() == (results["off"].folder / "adapter" / weights).read_bytes()
+        for name, tensor in results["off"].adapter.tensors().items():
+            torch.testing.assert_close(result.adapter.tensors()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("instant", [1, 5, 7])

@@ -42,7 +42,7 @@ class StoredLinear(nn.Module):
         """The function that reads rows of the weight from them."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it, and callers may too)
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to an input of shape (..., in), in its dtype."""
         return panel_linear(input, self.bias, self.decode, self.out_features, self.stored)
 
