@@ -122,11 +122,11 @@ def _chunks(q_NQSE: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _scores(q_NME: Tensor, k_NLE: Tensor, block: _Block, scaling: float) -> Tensor:
+def _probabilities(q_NME: Tensor, k_NLE: Tensor, block: _Block, scaling: float) -> Tensor:
     a_NML = torch.baddbmm(q_NME.new_zeros(1), q_NME, k_NLE.transpose(1, 2), beta=0, alpha=scaling)
     places, masked = block.mask_SL.shape
     a_NML.unflatten(1, (-1, places))[..., a_NML.shape[-1] - masked :].add_(block.mask_SL)
-    return a_NML
+    return torch.softmax(a_NML, -1, out=a_NML)
 
 
 class _Attention(torch.autograd.Function):
@@ -186,7 +186,7 @@ def _forward(given: _Heads, out_NQSE: Tensor, scaling: float, window: int | None
     group = q_NQSE.shape[1]
     for block in _blocks(q_NQSE.shape[2], window, q_NQSE):
         q_NME = q_NQSE[:, :, block.queries].flatten(1, 2)
-        p_NML = _scores(q_NME, k_NSE[:, block.keys], block, scaling).softmax(-1)
+        p_NML = _probabilities(q_NME, k_NSE[:, block.keys], block, scaling)
         out_NQSE[:, :, block.queries] = torch.bmm(p_NML, v_NSE[:, block.keys]).unflatten(1, (group, -1))
 
 
@@ -198,10 +198,10 @@ def _backward(given: _Heads, dout_NQSE: Tensor, wanted: _Heads, scaling: float, 
     for block in _blocks(dq_NQSE.shape[2], window, dq_NQSE):
         q_NME, dout_NME = (part[:, :, block.queries].flatten(1, 2) for part in (q_NQSE, dout_NQSE))
         k_NLE, v_NLE = k_NSE[:, block.keys], v_NSE[:, block.keys]
-        p_NML = _scores(q_NME, k_NLE, block, scaling).softmax(-1)
+        p_NML = _probabilities(q_NME, k_NLE, block, scaling)
         dv_NSE[:, block.keys].add_(torch.bmm(p_NML.transpose(1, 2), dout_NME))
         dp_NML = torch.bmm(dout_NME, v_NLE.transpose(1, 2))
-        da_NML = torch._softmax_backward_data(dp_NML, p_NML, -1, p_NML.dtype)
+        da_NML = torch._softmax_backward_data(dp_NML, p_NML, -1, p_NML.dtype, grad_input=dp_NML)
         dk_NSE[:, block.keys].add_(torch.bmm(da_NML.transpose(1, 2), q_NME), alpha=scaling)
         dq_NME = torch.baddbmm(da_NML.new_zeros(1), da_NML, k_NLE, beta=0, alpha=scaling)
         dq_NQSE[:, :, block.queries] = dq_NME.unflatten(1, (group, -1))

@@ -50,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_ND is not None:
                 probability_CV.div_(total_C1).scatter_add_(1, target_C1, -torch.ones_like(total_C1))
                 dx_ND[rows] = product(probability_CV.to(W_VD.dtype), W_VD.T)
+            del logits_CV, probability_CV  # or two chunks of them exist while the next one is made
         ctx.save_for_backward(*([dx_ND] if dx_ND is not None else []))
         return loss
 
