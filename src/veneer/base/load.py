@@ -237,7 +237,10 @@ def compute_dtype(stored: torch.dtype | None, device: torch.device) -> tuple[tor
     if stored == torch.bfloat16 and has_bf16_units():
         return stored, "its weights are stored so, and this processor has bf16 units"
     if stored.itemsize < 4:
-        return torch.float32, f"this processor has no units for {_name(stored)}, in which the weights are stored"
+        return torch.float32, (
+            f"this processor has no units for {_name(stored)}, in which the weights are stored: products would be 8 "
+            "to 500 times slower"
+        )
     return stored, "its weights are stored so"
 
 

@@ -1,6 +1,7 @@
 """Which rows a step trains on: a pure function of the lengths, the seed and the epoch; no loader has any state."""
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import torch
@@ -62,16 +63,16 @@ def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
         Johnson 1973, best-fit decreasing: at most 11/9 of the optimum, and one more.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # what is left in each bin, and its number; sorted
     for row in sorted(rows, key=lambda one: (-lengths[one], one)):
-        fitting = [(left, index) for index, left in enumerate(room) if left >= lengths[row]]
-        if fitting:
-            index = min(fitting)[1]
+        place = bisect_left(room, (lengths[row], 0))
+        if place < len(room):
+            left, index = room.pop(place)
             bins[index].append(row)
-            room[index] -= lengths[row]
         else:
+            left, index = budget, len(bins)
             bins.append([row])
-            room.append(budget - lengths[row])
+        insort(room, (left - lengths[row], index))
     return bins
 
 
