@@ -63,6 +63,7 @@ def contenders(folder: Path, pack_tokens: int) -> dict[str, Contender]:
     mlx, mlx_source = best_options("mlx")
     every = [
         Contender("veneer", sys.executable, "chat_veneer.py"),
+        Contender("Veneer over a bfloat16 base", sys.executable, "chat_veneer.py", {"dtype": "bfloat16"}),
         trl_contender("TRL, defaults", {}),
         trl_contender(f"TRL, best ({source})", {**trl, "pack_tokens": pack_tokens}),
         trl_contender(f"TRL, same loss ({source})", {**same, "pack_tokens": pack_tokens}),

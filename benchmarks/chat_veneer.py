@@ -24,11 +24,11 @@ StepFunction = Callable[[Step], dict[str, Any]]
 
 @contextmanager
 def stepping(
-    task: dict[str, Any], rows: list[EncodedRow], settings: TrainConfig, turns: Turns
+    task: dict[str, Any], rows: list[EncodedRow], settings: TrainConfig, dtype: str, turns: Turns
 ) -> Iterator[StepFunction]:
     """Give Veneer's training step as `veneer train` does it, within what a run enters once for all of its steps."""
     torch.manual_seed(task["seed"])
-    model, _ = veneer.load_base(task["model"], dtype=torch.float32)
+    model, _ = veneer.load_base(task["model"], dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
     assert all(parameter.isfinite().all() for parameter in model.parameters())  # looked at, so it counts as loaded
     turns.loaded()
     attachment = veneer.attach(model, veneer.LoRAConfig(rank=task["rank"], alpha=task["alpha"]))
@@ -44,7 +44,12 @@ def stepping(
 
 
 def contend(turns: Turns, task: dict[str, Any], options: dict[str, Any]) -> None:
-    """Do the steps in their order, each packed into micro-batches as a run packs them; options go to `TrainConfig`."""
+    """Do the steps in their order, each packed into micro-batches as a run packs them.
+
+    Options are the base's `dtype` and those of `TrainConfig`.
+    """
+    options = dict(options)
+    dtype = options.pop("dtype", "float32")
     rows = [
         EncodedRow(str(number), torch.tensor(row["ids"], dtype=torch.int32), torch.tensor(row["marks"]))
         for number, row in enumerate(task["rows"])
@@ -53,7 +58,7 @@ def contend(turns: Turns, task: dict[str, Any], options: dict[str, Any]) -> None
     size, lengths = task["rows_per_step"], [len(row.token_ids) for row in rows]
     numbers = [list(range(start, start + size)) for start in range(0, len(rows), size)]
     micro_batches = [pack(some, lengths, settings.tokens_per_micro_batch) for some in numbers]
-    with stepping(task, rows, settings, turns) as step:
+    with stepping(task, rows, settings, dtype, turns) as step:
         turns.ready(steps=len(numbers) * task["rounds"], packages=("torch", "transformers"))
         for _ in range(task["rounds"]):
             for one in micro_batches:

@@ -1,6 +1,6 @@
 """Let a model's frozen parts be computed by functions that keep little and run fast, for a while."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,8 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
     """Compute decoder layers and norms by our own functions within the block; afterwards the model is as it was.
 
     What a layer gives is proved before: on two short sequences, each layer that is replaced gave what it gives by
-    itself, up to rounding. Modules keep their class, their names, their parameters and their place; only calls with a
-    ragged batch go the fast way, so that generating within the block is what it was.
+    itself, up to rounding. Modules keep their class, their names, their parameters and their place. Of decoder layers
+    only calls with a ragged batch go the fast way, so that generating within the block is what it was.
 
     Args:
         model: A decoder of transformers, with an adapter attached or not.
@@ -77,7 +77,7 @@ def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
         inside = any(path.startswith(f"{one}.") for one in blocks)
         if not inside and not list(module.children()) and (norm := rms_norm_of(module)) is not None:
             norms[path] = norm
-            _replace(stack, module, partial(_norm_forward, norm))
+            _replace(stack, module, partial(_norm_forward, norm, module.forward))
     return FastModules(tuple(blocks), tuple(norms), left)
 
 
@@ -98,8 +98,9 @@ def plain_modules(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _norm_forward(norm: RMSNorm, x: Tensor) -> Tensor:
-    return rms_norm(x, norm)
+def _norm_forward(norm: RMSNorm, own_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # Rows of another dtype than the gain (autocast) are the module's own business.
+    return rms_norm(x, norm) if x.dtype == norm.weight_D.dtype else own_forward(x)
 
 
 def _replace(stack: ExitStack, module: nn.Module, forward: Any) -> None:

@@ -6,12 +6,12 @@ Shapes: N rows, I in, O out, R rank.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.lora import autocasting
+from veneer.ops.lora import autocasting, input_product, linear_product, rank_gradient
+from veneer.ops.product import product, sum_product
 
 
 def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -83,8 +83,7 @@ class _DoRALinear(torch.autograd.Function):
         scaling: float,
         ratio_O: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        u_NO = F.linear(x_NI, W_OI)
-        u_NO.addmm_(x_NI @ A_RI.T, B_OR.T, alpha=scaling)
+        u_NO = linear_product(x_NI, W_OI, None, A_RI, B_OR, scaling)
         return u_NO * ratio_O if bias_O is None else torch.addcmul(bias_O, u_NO, ratio_O), u_NO
 
     @staticmethod
@@ -102,10 +101,10 @@ class _DoRALinear(torch.autograd.Function):
         dratio_O = torch.linalg.vecdot(dy_NO, u_NO, dim=0) if needs_ratio else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
         du_NO = dy_NO * ratio_O
-        dz_NR = (du_NO @ B_OR).mul_(ctx.scaling) if needs_x or needs_A else None
-        dx_NI = (du_NO @ W_OI).addmm_(dz_NR, A_RI) if needs_x else None
-        dA_RI = dz_NR.T @ x_NI if needs_A and dz_NR is not None else None
-        dB_OR = (du_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling) if needs_B else None
+        dz_NR = rank_gradient(du_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
+        dx_NI = input_product(du_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
+        dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
+        dB_OR = sum_product(product(x_NI, A_RI), du_NO).mul_(ctx.scaling).T if needs_B else None
         dW_OI = du_NO.T @ x_NI if needs_W else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None, dratio_O
 

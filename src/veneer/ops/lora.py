@@ -32,6 +32,18 @@ def merged_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> T
     return torch.addmm(W_OI, B_OR, A_RI, alpha=scaling)
 
 
+def linear_product(
+    x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
+) -> Tensor:
+    """Return `x (W + s B A)ᵀ + bias` in the cheaper order; no gradient of its own.
+
+    The large product is torch's own: while B is zero, the output is the base's, bit for bit.
+    """
+    if merging_pays(x_NI.shape[0], W_OI):
+        return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O)
+    return F.linear(x_NI, W_OI, bias_O).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
+
+
 def input_product(dy_NO: Tensor, dz_NR: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """Return `dy (W + s B A)` in the cheaper order; `dz` is `s · dy B`."""
     if merging_pays(dy_NO.shape[0], W_OI):
@@ -51,10 +63,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
     ) -> Tensor:
-        # The large product by torch's own linear: while B is zero, the output is the base's, bit for bit.
-        if merging_pays(x_NI.shape[0], W_OI):
-            return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O)
-        return F.linear(x_NI, W_OI, bias_O).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
+        return linear_product(x_NI, W_OI, bias_O, A_RI, B_OR, scaling)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
