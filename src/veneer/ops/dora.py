@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.lora import autocasting, input_product, linear_product, rank_gradient
-from veneer.ops.product import product, sum_product
+from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient
+from veneer.ops.product import merging_pays, product, sum_product
 
 
 def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -83,7 +83,10 @@ class _DoRALinear(torch.autograd.Function):
         scaling: float,
         ratio_O: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        u_NO = linear_product(x_NI, W_OI, None, A_RI, B_OR, scaling)
+        if merging_pays(x_NI.shape[0], W_OI):
+            u_NO = product(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling))
+        else:
+            u_NO = product(x_NI, W_OI).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
         return u_NO * ratio_O if bias_O is None else torch.addcmul(bias_O, u_NO, ratio_O), u_NO
 
     @staticmethod
