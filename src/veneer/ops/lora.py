@@ -125,6 +125,30 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
+class _AddLoRA(torch.autograd.Function):
+    """Saves the input and nothing else of size N; see `add_lora`."""
+
+    @staticmethod
+    def forward(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+        return torch.addmm(y_NO, product(x_NI, A_RI), B_OR.T, alpha=scaling)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+        _, x_NI, A_RI, B_OR, ctx.scaling = inputs
+        ctx.save_for_backward(x_NI, A_RI, B_OR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, A_RI, B_OR = ctx.saved_tensors
+        needs_y, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
+        dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
+        dx_NI = dz_NR @ A_RI if needs_x and dz_NR is not None else None
+        dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
+        dB_OR = sum_product(product(x_NI, A_RI), dy_NO).mul_(ctx.scaling).T if needs_B else None
+        return dy_NO if needs_y else None, dx_NI, dA_RI, dB_OR, None
+
+
 def add_lora(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """Add a low-rank update to the output of any linear layer.
 
@@ -144,4 +168,4 @@ def add_lora(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: fl
     """
     if y_NO.dtype != x_NI.dtype:  # a layer that answers in another dtype, or autocast
         return y_NO + reference.lora_delta(x_NI, A_RI, B_OR, scaling)
-    return torch.addmm(y_NO, x_NI @ A_RI.T, B_OR.T, alpha=scaling)
+    return _AddLoRA.apply(y_NO, x_NI, A_RI, B_OR, scaling)
