@@ -6,16 +6,24 @@ Shapes: T tokens of all sequences, G sequences, S tokens of the longest, V vocab
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from veneer.base.ragged import RaggedBatch, check_ragged, ragged_attention, routed_segments
+from veneer.base.ragged import (
+    RaggedBatch,
+    base_alone,
+    check_ragged,
+    difference_from_alone,
+    probe_batch,
+    ragged_attention,
+    routed_segments,
+    segments_of,
+)
 from veneer.errors import BaseModelError
-from veneer.nn.attach import attachment_of, find_attachment
+from veneer.nn.attach import attachment_of
 from veneer.nn.modes import evaluating
 from veneer.nn.routing import Segment
 
@@ -92,18 +100,9 @@ def check_padded(model: PreTrainedModel, ragged: str = "") -> None:
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise BaseModelError(f"{name} has no language-model head to train with")
-    lengths = (5, 8)
-    token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
-    batch = RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
-    attachment = find_attachment(model)
-    bare = nullcontext() if attachment is None else attachment.routing.everywhere(None)
-    with evaluating(model), torch.no_grad(), bare:
-        got = padded_logits(model, batch)
-        expected = torch.cat(
-            [model(input_ids=part[None].to(model.device)).logits[0] for part in token_ids.split(lengths)]
-        )
-    difference = ((got - expected).abs().max() / expected.abs().max()).item()
-    tolerance = 1e-3 if got.dtype == torch.float32 else 5e-2
+    batch = probe_batch(model)
+    with evaluating(model), torch.no_grad(), base_alone(model):
+        difference, tolerance = difference_from_alone(model, batch, padded_logits(model, batch))
     if not difference <= tolerance:
         raise BaseModelError(
             f"{name} can be trained on batches neither padded (logits differ from those of each sequence alone by "
@@ -119,9 +118,4 @@ def _padded_segments(segments: tuple[Segment, ...], lengths: tuple[int, ...]) ->
         own = slots[start : start + length]
         padded += own + [own[-1]] * (longest - length)
         start += length
-    found, start = [], 0
-    for slot, run in groupby(padded):
-        stop = start + len(list(run))
-        found.append(Segment(start, stop, slot))
-        start = stop
-    return tuple(found)
+    return segments_of(padded, [1] * len(padded))

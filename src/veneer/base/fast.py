@@ -1,7 +1,7 @@
 """Let a model's frozen parts be computed by functions that keep little and run fast, for a while."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.base.blocks import Block, block_forward, recognise
-from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
-from veneer.nn.attach import find_attachment
+from veneer.base.ragged import base_alone, hidden_states, probe_batch, ragged_attention
 from veneer.nn.layer import has_hooks
 from veneer.nn.linear import LoRALinear, plain_forward
 from veneer.nn.modes import evaluating
 from veneer.nn.norms import rms_norm_of
 from veneer.ops.norm import RMSNorm, rms_norm
 
-_LENGTHS = (5, 8)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -145,9 +143,7 @@ def _watching(layers: Mapping[str, nn.Module], calls: dict[str, _Call]) -> Itera
 @contextmanager
 def _probing(model: PreTrainedModel) -> Iterator[None]:
     """The base alone, in training mode (where dropout would show), nothing drawn from the caller's random numbers."""
-    attachment = find_attachment(model)
-    bare = nullcontext() if attachment is None else attachment.routing.everywhere(None)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), bare:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), base_alone(model):
         model.train()  # `evaluating` puts every module's mode back
         yield
 
@@ -156,14 +152,11 @@ def _blocks(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> tuple[di
     """Return the layers that are proved to be blocks, and why the others are not."""
     calls: dict[str, _Call] = {}
     asked: dict[nn.Module, dict[str, Any]] = {}
-    total = sum(_LENGTHS)
-    token_ids = torch.arange(total) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
-    batch = RaggedBatch(token_ids, torch.zeros(total, dtype=torch.bool), _LENGTHS)
     blocks: dict[str, Block] = {}
     left: dict[str, str] = {}
     with _probing(model), ragged_attention(model):
         with _watching(layers, calls):
-            hidden_states(model, batch, seen_options=asked)
+            hidden_states(model, probe_batch(model), seen_options=asked)
         for path, layer in layers.items():
             inside = set(layer.modules())
             block = recognise(layer, next((options for module, options in asked.items() if module in inside), {}))

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.base.ragged import RaggedBatch, hidden_states, probe_batch, ragged_attention
 from veneer.errors import BaseModelError
 from veneer.nn.attach import find_attachment
 from veneer.nn.layer import LoRALayer
 from veneer.nn.modes import evaluating
-
-_PROBE = (5, 8)
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,7 @@ def _first_argument(*args: Any, **named: Any) -> Tensor:
 
 def _probe(model: PreTrainedModel) -> RaggedBatch:
     """Return two short sequences; all through the first slot, which an activated adapter would not enter here."""
-    tokens = sum(_PROBE)
-    ids = torch.arange(tokens) * 7 % min(model.get_input_embeddings().num_embeddings, 1000)
-    batch = RaggedBatch(ids, torch.zeros(tokens, dtype=torch.bool), _PROBE)
+    batch = probe_batch(model)
     return batch if find_attachment(model) is None else replace(batch, slots=(0, 0))
 
 

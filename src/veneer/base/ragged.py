@@ -7,7 +7,7 @@ Shapes: T tokens of all sequences, S of one, G sequences of equal length, H head
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -79,17 +79,27 @@ class RaggedBatch:
         """
         if self.slots is None:
             return None
-        found, start = [], 0
-        for slot, run in groupby(zip(self.slots, self.lengths, strict=True), key=itemgetter(0)):
-            stop = start + sum(length for _, length in run)
-            found.append(Segment(start, stop, slot))
-            start = stop
-        return tuple(found)
+        return segments_of(self.slots, self.lengths)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Return where the supervised tokens are predicted (rows of hidden states), and what they are (ids)."""
         places = self.supervised.nonzero().squeeze(1)
         return places - 1, self.token_ids[places]
+
+
+def segments_of(slots: Sequence[int | None], lengths: Sequence[int]) -> tuple[Segment, ...]:
+    """Return the runs of rows of one slot, each slot standing for some rows.
+
+    Example:
+        >>> segments_of((1, 1, None), (2, 2, 1))
+        (Segment(start=0, stop=4, slot=1), Segment(start=4, stop=5, slot=None))
+    """
+    found, start = [], 0
+    for slot, run in groupby(zip(slots, lengths, strict=True), key=itemgetter(0)):
+        stop = start + sum(length for _, length in run)
+        found.append(Segment(start, stop, slot))
+        start = stop
+    return tuple(found)
 
 
 def ragged_attention_forward(
@@ -240,6 +250,27 @@ def routed_segments(model: PreTrainedModel, batch: RaggedBatch) -> tuple[Segment
     return batch.segments()
 
 
+def probe_batch(model: PreTrainedModel) -> RaggedBatch:
+    """Return two short sequences on which something about a model is proved."""
+    lengths = (5, 8)
+    token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
+    return RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
+
+
+def base_alone(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let a model compute without its adapter within the block: where that acts is not what a probe asks."""
+    attachment = find_attachment(model)
+    return nullcontext() if attachment is None else attachment.routing.everywhere(None)
+
+
+def difference_from_alone(model: PreTrainedModel, batch: RaggedBatch, got_TV: Tensor) -> tuple[float, float]:
+    """Return by how much logits differ from those of each sequence alone, as a share; and how much they may."""
+    parts = batch.token_ids.split(batch.lengths)
+    expected_TV = torch.cat([model(input_ids=part[None].to(model.device)).logits[0] for part in parts])
+    difference = ((got_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
+    return difference, 1e-3 if got_TV.dtype == torch.float32 else 5e-2
+
+
 def check_ragged(model: PreTrainedModel) -> None:
     """Prove on two short sequences that ragged batches give what the model gives for each alone.
 
@@ -258,19 +289,11 @@ def check_ragged(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise BaseModelError(f"{name} has no language-model head to train with")
-    lengths = (5, 8)
-    token_ids = torch.arange(sum(lengths)) * 7 % min(model.get_input_embeddings().weight.shape[0], 1000)
-    batch = RaggedBatch(token_ids, torch.zeros(sum(lengths), dtype=torch.bool), lengths)
-    attachment = find_attachment(model)
-    # Of the base alone: where an adapter acts is not what is asked here.
-    bare = nullcontext() if attachment is None else attachment.routing.everywhere(None)
-    with evaluating(model), torch.no_grad(), bare:
+    batch = probe_batch(model)
+    with evaluating(model), torch.no_grad(), base_alone(model):
         with ragged_attention(model):
             got = head(hidden_states(model, batch))
-        alone = [model(input_ids=part[None].to(model.device)).logits[0] for part in token_ids.split(lengths)]
-    expected = torch.cat(alone)
-    difference = ((got - expected).abs().max() / expected.abs().max()).item()
-    tolerance = 1e-3 if got.dtype == torch.float32 else 5e-2
+        difference, tolerance = difference_from_alone(model, batch, got)
     if not difference <= tolerance:
         raise BaseModelError(
             f"{name} cannot take ragged batches: logits of two sequences in one row differ from those of each alone "

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient
+from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient, up_gradient
 from veneer.ops.product import merging_pays, product, sum_product
 
 
@@ -107,7 +107,7 @@ class _DoRALinear(torch.autograd.Function):
         dz_NR = rank_gradient(du_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = input_product(du_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = sum_product(product(x_NI, A_RI), du_NO).mul_(ctx.scaling).T if needs_B else None
+        dB_OR = up_gradient(x_NI, du_NO, A_RI, ctx.scaling) if needs_B else None
         dW_OI = du_NO.T @ x_NI if needs_W else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None, dratio_O
 

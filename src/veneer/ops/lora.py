@@ -56,6 +56,14 @@ def rank_gradient(dy_NO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     return product(dy_NO, B_OR.T.contiguous()).mul_(scaling)
 
 
+def up_gradient(x_NI: Tensor, dy_NO: Tensor, A_RI: Tensor, scaling: float) -> Tensor:
+    """Return `s · dyᵀ (x Aᵀ)`, the gradient of B, shape (O, R).
+
+    x Aᵀ is computed again: 2·N·I·R operations are cheaper than keeping N·R numbers for every layer.
+    """
+    return sum_product(product(x_NI, A_RI), dy_NO).mul_(scaling).T
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves the input and nothing else of size N; see `lora_linear`."""
 
@@ -79,8 +87,7 @@ class _LoRALinear(torch.autograd.Function):
         dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = input_product(dy_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        # x Aᵀ is computed again: 2·N·I·R operations are cheaper than keeping N·R numbers for every layer.
-        dB_OR = sum_product(product(x_NI, A_RI), dy_NO).mul_(ctx.scaling).T if needs_B else None
+        dB_OR = up_gradient(x_NI, dy_NO, A_RI, ctx.scaling) if needs_B else None
         dW_OI = dy_NO.T @ x_NI if needs_W else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None
@@ -145,7 +152,7 @@ class _AddLoRA(torch.autograd.Function):
         dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = dz_NR @ A_RI if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = sum_product(product(x_NI, A_RI), dy_NO).mul_(ctx.scaling).T if needs_B else None
+        dB_OR = up_gradient(x_NI, dy_NO, A_RI, ctx.scaling) if needs_B else None
         return dy_NO if needs_y else None, dx_NI, dA_RI, dB_OR, None
 
 

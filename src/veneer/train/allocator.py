@@ -24,8 +24,9 @@ def kept_memory() -> Iterator[bool]:
         Whether it does: on Linux with glibc. Elsewhere nothing is changed.
 
     Cost:
-        The process holds its peak throughout the block. What a step allocates again is there already: measured, a
-        training step takes about a tenth less.
+        The process holds its peak throughout the block, holes included. What a step allocates again is there already.
+        Measured: as fast as glibc's own threshold, which rises to 32 MiB by itself, and this holds for larger tensors
+        too; a step takes 1.65 times as long where everything above 128 KiB is mapped anew.
 
     Example:
         >>> with kept_memory() as kept:
