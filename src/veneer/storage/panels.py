@@ -4,11 +4,14 @@ Shapes: N rows, I in, O out, P a panel of the O rows of the weight.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from veneer.ops.frozen import FrozenWeight, apply_transposed, apply_weight
 
 Decode = Callable[[tuple[Tensor, ...], int, int, int, Tensor], Tensor]
 """(stored tensors, first row, row behind the last, I, flat float32 scratch) -> rows (P, I), float32, in the scratch."""
@@ -59,44 +62,26 @@ class _PanelLinear(torch.autograd.Function):
     def forward(
         x_NI: Tensor, bias_O: Tensor | None, decode: Decode, out_features: int, stored: tuple[Tensor, ...]
     ) -> Tensor:
-        in_features = x_NI.shape[1]
-        y_NO = x_NI.new_empty(x_NI.shape[0], out_features)
-        if bias_O is not None:
-            y_NO.copy_(bias_O)
-        for rows, W_PI in decoded_panels(decode, stored, (out_features, in_features), x_NI.dtype):
-            y_NO[:, rows].addmm_(x_NI, W_PI.T, beta=0 if bias_O is None else 1)
-        return y_NO
+        return apply_weight(x_NI, _weight(decode, (out_features, x_NI.shape[1]), stored), bias_O, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
-        x_NI, _, ctx.decode, ctx.out_features, stored = inputs
-        ctx.in_features = x_NI.shape[1]
+        x_NI, _, ctx.decode, out_features, stored = inputs
+        ctx.shape = (out_features, x_NI.shape[1])
         ctx.save_for_backward(*stored)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[:2]
-        dx_NI = _input_gradient(dy_NO, ctx.decode, ctx.in_features, stored) if needs_x else None
+        weight = _weight(ctx.decode, ctx.shape, ctx.saved_tensors)
+        dx_NI = apply_transposed(dy_NO, weight, None, None) if needs_x else None
         return dx_NI, dy_NO.sum(0) if needs_bias else None, None, None, None
 
 
-def _input_gradient(dy_NO: Tensor, decode: Decode, in_features: int, stored: tuple[Tensor, ...]) -> Tensor:
-    num_rows, out_features = dy_NO.shape
-    # A sum over many panels in 16 bits would lose what a single product, which sums in 32, does not.
-    several = panel_rows(out_features, in_features, dy_NO.device) < out_features
-    wide = torch.float32 if dy_NO.dtype.itemsize < 4 and several else dy_NO.dtype
-    dx_NI = dy_NO.new_empty(num_rows, in_features, dtype=wide)
-    for rows, W_PI in decoded_panels(decode, stored, (out_features, in_features), dy_NO.dtype):
-        dy_NP = dy_NO[:, rows]
-        if wide == dy_NO.dtype:
-            dx_NI.addmm_(dy_NP, W_PI, beta=0 if rows.start == 0 else 1)
-        elif rows.start == 0:
-            dx_NI.copy_(dy_NP @ W_PI)
-        else:
-            dx_NI.add_(dy_NP @ W_PI)
-    return dx_NI.to(dy_NO.dtype)
+def _weight(decode: Decode, shape: tuple[int, int], stored: tuple[Tensor, ...]) -> FrozenWeight:
+    """Return the weight as what decodes it."""
+    return FrozenWeight(shape, panels=partial(decoded_panels, decode, stored, shape))
 
 
 def panel_linear(
