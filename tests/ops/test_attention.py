@@ -75,9 +75,33 @@ def test_large_scores_do_not_overflow():
 def test_buckets_hold_every_token_once_and_little_padding(lengths):
     total = sum(lengths)
     buckets = buckets_of(lengths)
-    places = torch.cat([bucket.places.reshape(-1) for bucket in buckets])
-    assert places[places < total].sort().values.tolist() == list(range(total))
+    places = torch.cat([bucket.places[bucket.real] for bucket in buckets])
+    assert places.sort().values.tolist() == list(range(total))
     for bucket in buckets:
-        own = (bucket.places < total).sum(1)
-        assert bucket.length == own.max()
-        assert bucket.length <= attention.BLOCK or own.min() >= attention.PADDING * bucket.length
+        own, longest = bucket.real.sum(1), bucket.places.shape[1]
+        assert longest == own.max()
+        assert longest <= attention.BLOCK or own.min() >= attention.PADDING * longest
+        ends = bucket.places.gather(1, own[:, None] - 1)
+        assert torch.equal(bucket.places[~bucket.real], ends.expand_as(bucket.places)[~bucket.real])  # its own row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_once(dtype):
+    lengths = (300, 70, 66)
+    given = drawn(sum(lengths), 6, 3, 8, dtype)
+    expected = results(each_alone(lengths, 0.3, None), *(one.double() for one in given))
+    got = results(lambda *x: causal_attention(*x, lengths, scaling=0.3), *given)
+    assert {one.dtype for one in got} == {dtype}
+    for ours, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_nothing_of_a_sequence_reaches_another_in_its_bucket():
+    lengths, first = (60, 50, 40), slice(0, 60)  # one bucket, padded
+    given = drawn(sum(lengths), 2, 1, 4, torch.float32)
+    calm = results(lambda *x: causal_attention(*x, lengths, scaling=1.0), *given)
+    for one in given:
+        one[first] = float("nan")
+    for ours, before in zip(results(lambda *x: causal_attention(*x, lengths, scaling=1.0), *given), calm, strict=True):
+        assert torch.equal(ours[60:], before[60:])
+        assert ours[first].isnan().any()
