@@ -85,17 +85,6 @@ def test_buckets_hold_every_token_once_and_little_padding(lengths):
         assert torch.equal(bucket.places[~bucket.real], ends.expand_as(bucket.places)[~bucket.real])  # its own row
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_rounded_once(dtype):
-    lengths = (300, 70, 66)
-    given = drawn(sum(lengths), 6, 3, 8, dtype)
-    expected = results(each_alone(lengths, 0.3, None), *(one.double() for one in given))
-    got = results(lambda *x: causal_attention(*x, lengths, scaling=0.3), *given)
-    assert {one.dtype for one in got} == {dtype}
-    for ours, exact in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
-
-
 def test_nothing_of_a_sequence_reaches_another_in_its_bucket():
     lengths, first = (60, 50, 40), slice(0, 60)  # one bucket, padded
     given = drawn(sum(lengths), 2, 1, 4, torch.float32)

@@ -115,7 +115,7 @@ def ragged_attention_forward(
     """Causal attention within each sequence of a ragged row; transformers calls it.
 
     Equals scaled dot-product attention of each sequence alone: by `ops.attention.causal_attention` on a CPU, by
-    torch's kernels on other devices and with dropout. Key and value heads are not repeated for grouped
+    torch's kernels on other devices, in 16 bits and with dropout. Key and value heads are not repeated for grouped
     queries. What a layer asks for is noted in `seen_options`, a dict by module, where a caller gives one.
 
     Raises:
@@ -123,7 +123,7 @@ def ragged_attention_forward(
     """
     lengths = _lengths(module, scaling, options)
     window = options.get("sliding_window")
-    if not dropout and query_1HTE.device.type == "cpu":
+    if not dropout and query_1HTE.device.type == "cpu" and query_1HTE.dtype.itemsize >= 4:
         scaling = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
         q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
         return causal_attention(q_THE, k_TKE, v_TKE, lengths, scaling=scaling, window=window)[None], None

@@ -119,7 +119,7 @@ def _scatter(out_THE: Tensor, part_NQSE: Tensor, bucket: Bucket) -> None:
     rows_GSKQE = part_NQSE.unflatten(0, (bucket.places.shape[0], -1)).permute(0, 3, 1, 2, 4)
     if bucket.run is None:
         real = bucket.real.to(out_THE.device)
-        out_THE[bucket.places.to(out_THE.device)[real]] = rows_GSKQE.flatten(2, 3)[real].to(out_THE.dtype)
+        out_THE[bucket.places.to(out_THE.device)[real]] = rows_GSKQE.flatten(2, 3)[real]
     else:
         out_THE[bucket.run].view(rows_GSKQE.shape).copy_(rows_GSKQE)
 
@@ -130,7 +130,7 @@ def _chunks(q_NQSE: Tensor) -> Iterator[slice]:
     The BLAS gives each thread whole products of a batch: of three, two threads do two and one.
     """
     count, queries, length, _ = q_NQSE.shape
-    most = max(1, SCORE_BYTES // (queries * BLOCK * length * _wide_dtype(q_NQSE).itemsize))
+    most = max(1, SCORE_BYTES // (queries * BLOCK * length * q_NQSE.element_size()))
     size = -(-count // -(-count // most))  # alike, not a full one and a small rest
     threads = torch.get_num_threads()
     if size > threads and length >= LONG:
@@ -139,15 +139,9 @@ def _chunks(q_NQSE: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    """Return what is computed in: scores of 16 bits would be off by up to a tenth."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _wide(q_NQSE: Tensor, k_N1SE: Tensor, v_N1SE: Tensor, some: slice, scaling: float) -> "_Heads":
-    """Return some key heads and their scaled queries, in what is computed in."""
-    wide = _wide_dtype(q_NQSE)
-    return q_NQSE[some].to(wide) * scaling, k_N1SE[some, 0].to(wide), v_N1SE[some, 0].to(wide)
+def _some(q_NQSE: Tensor, k_N1SE: Tensor, v_N1SE: Tensor, some: slice, scaling: float) -> "_Heads":
+    """Return some key heads and their scaled queries."""
+    return q_NQSE[some] * scaling, k_N1SE[some, 0], v_N1SE[some, 0]
 
 
 def _probabilities(q_NME: Tensor, k_NLE: Tensor, block: _Block) -> Tensor:
@@ -176,7 +170,7 @@ class _Attention(torch.autograd.Function):
             q_NQSE, k_N1SE, v_N1SE = (_grouped(part, bucket, k_TKE.shape[1]) for part in (q_THE, k_TKE, v_TKE))
             part_NQSE = torch.empty_like(q_NQSE)
             for some in _chunks(q_NQSE):
-                _forward(_wide(q_NQSE, k_N1SE, v_N1SE, some, scaling), part_NQSE[some], window)
+                _forward(_some(q_NQSE, k_N1SE, v_N1SE, some, scaling), part_NQSE[some], window)
             _scatter(out_THE, part_NQSE, bucket)
             saved += [q_NQSE, k_N1SE, v_N1SE]
         ctx.save_for_backward(*saved)
@@ -194,11 +188,11 @@ class _Attention(torch.autograd.Function):
             q_NQSE, k_N1SE, v_N1SE = saved[3 * place : 3 * place + 3]
             dout_NQSE = _without_padding(_grouped(dout_THE, bucket, ctx.heads), bucket)
             dq_NQSE = torch.empty_like(q_NQSE)
-            dk_N1SE, dv_N1SE = (torch.zeros_like(part, dtype=_wide_dtype(part)) for part in (k_N1SE, v_N1SE))
+            dk_N1SE, dv_N1SE = (torch.zeros_like(part) for part in (k_N1SE, v_N1SE))
             for some in _chunks(q_NQSE):
-                given = _wide(q_NQSE, k_N1SE, v_N1SE, some, ctx.scaling)
+                given = _some(q_NQSE, k_N1SE, v_N1SE, some, ctx.scaling)
                 wanted = (dq_NQSE[some], dk_N1SE[some, 0], dv_N1SE[some, 0])
-                _backward(given, dout_NQSE[some].to(given[0].dtype), wanted, ctx.scaling, ctx.window)
+                _backward(given, dout_NQSE[some], wanted, ctx.scaling, ctx.window)
             for whole, part in ((dq_THE, dq_NQSE), (dk_TKE, dk_N1SE), (dv_TKE, dv_N1SE)):
                 _scatter(whole, part, bucket)
         return dq_THE, dk_TKE, dv_TKE, None, None, None
@@ -263,10 +257,10 @@ def causal_attention(
 
     Cost:
         Of the S² scores of a sequence S (S + 64) / 2 are computed; with a window only those near it. Backward computes
-        them again. Kept: queries, keys and values. 16 bits are computed in 32, rounded once. Measured against torch's
-        kernel on two cores, forward and backward of about 2,048 tokens with 9 heads over 3, in float32: 0.66 of its
-        time at sequences of 512, 0.83 at 2,048, 0.86 at 256, 0.94 at 128, 0.72 and 0.79 at eight unlike ones of chats;
-        in bfloat16 (a processor with units for it) 0.81, 0.99, 0.72, 0.52, 0.61 and 0.77.
+        them again. Kept: queries, keys and values. Measured against torch's kernel on two cores, forward and
+        backward of about 2,048 tokens with 9 heads over 3: 0.66 of its time at sequences of 512, 0.83 at 2,048, 0.86
+        at 256, 0.94 at 128, 0.72 and 0.79 at eight unlike ones of chats. For float32 and float64; 16 bits belong to
+        torch's kernel, which sums in 32.
 
     Example:
         >>> q, v = torch.ones(3, 1, 1), torch.arange(3.0).view(3, 1, 1)
