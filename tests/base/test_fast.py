@@ -243,3 +243,18 @@ def test_sequences_never_see_each_other():
     assert same[:3].all()
     assert same[10:].all()
     assert not same[5:10].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("storage", ["plain", "int8", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_computes_the_same(family, storage):
+    model = model_of(*FAMILIES[family])
+    quantise_base(model, storage)
+    model = attached(model)
+    _, _, expected = both_ways(model)
+    fast, reference, got = both_ways(model.to("cuda"))
+    assert len(fast.blocks) == 2, str(fast)
+    for found in (reference, got):
+        assert_same(expected, (found[0], {name: one.cpu() for name, one in found[1].items()}), 1e-3)
