@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format bench grid lock clean
+.PHONY: demo test torture check format bench grid lock clean
 
 demo: .venv/ready  ## teach a small model a real task and measure it: about ten minutes on two cores
 	$(BIN)/veneer demo
 
 test: .venv/ready  ## all tests of the quick tier
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+torture: .venv/ready  ## the full figures of docs/reliability.md: kills, signals, NaN, memory; about half an hour
+	$(BIN)/python -m pytest -s -m torture tests
 
 check: .venv/ready  ## style, types, one-way imports, budgets
 	$(BIN)/ruff check .

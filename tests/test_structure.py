@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 IN_FUNCTION_IMPORTS = {
     ("scoring/scores.py", "_sacrebleu"),
     ("demo/dates.py", "_babel"),
+    ("data/tables.py", "_pyarrow"),
 }
 
 
@@ -80,6 +82,85 @@ def test_no_attribute_is_probed_for():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
     ]
     assert probes == []
+
+
+# What changes the disk, by the name of the call.
+WRITES = {
+    *(
+        "write_text",
+        "write_bytes",
+        "append_bytes",
+        "mkdir",
+        "makedirs",
+        "rmdir",
+        "unlink",
+        "remove",
+        "rename",
+        "replace",
+    ),
+    *("rmtree", "copy", "copyfile", "copytree", "move", "touch", "symlink_to", "hardlink_to", "truncate", "ftruncate"),
+    *("savefig", "save_file", "save_pretrained", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile"),
+    *("TemporaryDirectory", "memmap", "open_memmap", "tofile"),
+}
+MODULES_OF_FILES = {"os", "shutil", "tempfile", "pathlib"}
+"""Where `remove`, `copy` and the like are about files, and not about lists, strings or tensors."""
+ALIKE = {"remove", "rename", "replace", "copy", "move", "truncate"}
+WRITERS = {
+    ("base/gguf.py", "save_pretrained"),  # transformers writes into a folder that commit_folder made
+    ("train/report.py", "savefig"),  # into memory
+    *(("data/store.py", name) for name in ("TemporaryDirectory", "save_pretrained")),  # only to be hashed, then gone
+}
+
+
+def disk_writes(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield the calls that change the disk other than through a `FileSystem`, with their lines."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        if owner.rpartition(".")[2] in ("fs", "_fs", "REAL"):
+            continue
+        values = [*node.args, *(one.value for one in node.keywords)]
+        modes = [one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        opens = name == "open" and (
+            owner == "os" or any(re.fullmatch(r"[rbt]*[wax+][wax+rbt]*", mode) for mode in modes)
+        )
+        if opens or (name in WRITES and (name not in ALIKE or owner in MODULES_OF_FILES)):
+            yield name, node.lineno
+
+
+def test_the_disk_is_changed_through_the_file_system_alone():
+    found = [
+        f"{path}:{line}: {name}"
+        for path, tree in trees()
+        if path != "files/filesystem.py"
+        for name, line in disk_writes(tree)
+        if (path, name) not in WRITERS
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("Path('a').write_text('x')", 1),
+        ("open('a', 'w')", 1),
+        ("path.open(mode='ab')", 1),
+        ("path.open('r+b')", 1),
+        ("os.replace(a, b)", 1),
+        ("shutil.rmtree(a)", 1),
+        ("figure.savefig(path)", 1),
+        ("fs.write_bytes(a, b)", 0),
+        ("self._fs.unlink(a)", 0),
+        ("path.open('rb')", 0),
+        ("open(path)", 0),
+        ("text.replace('a', 'b')", 0),
+        ("names.remove(1)", 0),
+    ],
+)
+def test_a_write_past_the_file_system_is_seen(code, count):
+    assert len(list(disk_writes(ast.parse(code)))) == count
 
 
 def test_packages_hold_a_docstring_only():

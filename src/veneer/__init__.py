@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
     from veneer.data.answers import generate
     from veneer.data.encode import check_template
-    from veneer.data.rows import read_prompts, read_rows
+    from veneer.data.rows import check_rows, read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
     from veneer.files.peft import load_adapter, save_adapter
@@ -62,6 +62,7 @@ _HOME = {
     "TrainResult": "veneer.train.loop",
     "VeneerError": "veneer.errors",
     "attach": "veneer.nn.attach",
+    "check_rows": "veneer.data.rows",
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
     "current_adapter": "veneer.nn.attach",
@@ -117,6 +118,7 @@ __all__ = [
     "VeneerError",
     "__version__",
     "attach",
+    "check_rows",
     "check_storage",
     "check_template",
     "current_adapter",

@@ -1,7 +1,9 @@
 """Order and packing are pure functions; every row stands exactly once."""
 
+import time
 from collections import Counter
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,28 @@ def test_each_row_once_within_the_budgets_and_the_same_each_time(lengths, seed, 
             assert sum(lengths[row] for row in micro) <= per_micro or len(micro) == 1
         total = sum(lengths[row] for micro in step for row in micro)
         assert total <= per_step + max(lengths)
+
+
+@given(lengths, st.integers(0, 9), st.integers(1, 200), st.integers(1, 100))
+def test_steps_are_those_of_the_plain_loop(lengths, seed, per_step, per_micro):
+    order = row_order(len(lengths), seed, 2)
+    total = sum(lengths)
+    num_steps = -(-total // per_step)
+    plain, before = [[] for _ in range(num_steps)], 0
+    for row in order:
+        plain[int((before + lengths[row] / 2) * num_steps / total)].append(row)
+        before += lengths[row]
+    expected = [pack(rows, lengths, per_micro) for rows in plain if rows]
+    budgets = {"tokens_per_step": per_step, "tokens_per_micro_batch": per_micro}
+    assert epoch_steps(np.array(lengths), seed=seed, epoch=2, **budgets) == expected
+
+
+def test_the_steps_of_a_million_rows_take_seconds():
+    lengths = np.random.default_rng(0).integers(20, 600, 1_000_000)
+    start = time.perf_counter()
+    steps = epoch_steps(lengths, seed=0, epoch=0, tokens_per_step=8192, tokens_per_micro_batch=4096)
+    assert time.perf_counter() - start < 20  # about one second, on a machine that does nothing else
+    assert sum(len(micro) for step in steps for micro in step) == 1_000_000
 
 
 @given(st.integers(1, 50), st.integers(0, 5))

@@ -14,6 +14,7 @@ from veneer.data.rows import (
     Prompt,
     TextRow,
     as_prompt,
+    check_rows,
     read_prompts,
     read_rows,
 )
@@ -159,6 +160,7 @@ def test_bad_rows(write, line, expected):
     (problem,) = error.problems
     assert problem.startswith(f"{path}:2: ")
     assert expected in problem
+    assert problem.endswith(f"; row at byte {len(GOOD)}")
 
     found = read_rows(path, skip_bad_rows=True)
     assert [row.source for row in found.rows] == [f"{path}:1", f"{path}:3"]
@@ -225,8 +227,7 @@ def test_a_key_of_any_length_is_refused_quickly(write):
         ("a.csv", b'text\na\n"b\xff" c\nd\n', ":3: not UTF-8: byte 0xff at byte 9 of the file; broken CSV: "),
         ("a.csv", b'text\na\n"b\nd\n', ":3: broken CSV: unexpected end of data"),
         ("a.csv", b"text\na\n" + b"b" * 200_000 + b"\nc\n", ":3: broken CSV: field larger than field limit"),
-        ("a.txt", GOOD, ": the file has suffix '.txt'; rows are read from .jsonl, .ndjson, .csv (Parquet"),
-        ("a.parquet", b"PAR1", ": the file has suffix '.parquet'"),
+        ("a.txt", GOOD, ": the file has suffix '.txt'; rows are read from .jsonl, .ndjson, .csv, .parquet, .arrow and"),
         ("rows", GOOD, ": the file has no suffix"),
     ],
 )
@@ -240,10 +241,10 @@ def test_csv_rows_are_named_by_the_line_where_they_start(write):
     found = read_rows(path, skip_bad_rows=True)
     assert found.rows == [CompletionRow(f"{path}:9", "f", "g")]
     assert found.bad == [
-        f"{path}:2: no supervised tokens: 'completion' is blank",
-        f"{path}:4: 1 fields where the header has 2",
-        f"{path}:5: a blank line; remove it",
-        f"{path}:6: not UTF-8: byte 0xff at byte 31 of the file",
+        f"{path}:2: no supervised tokens: 'completion' is blank; row at byte 18",
+        f"{path}:4: 1 fields where the header has 2; row at byte 25",
+        f"{path}:5: a blank line; remove it; row at byte 27",
+        f"{path}:6: not UTF-8: byte 0xff at byte 31 of the file; row at byte 28",
     ]
 
 
@@ -290,7 +291,7 @@ def test_prompts_of_completions_and_text(write):
         ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}\n', ":1: nothing to generate from"),
         ("a.jsonl", b'{"completion": "a"}\n', ":1: missing key 'prompt'"),
         ("a.jsonl", GOOD, ":1: a row has 'messages', 'prompt' and 'completion' or no completion; unknown key 'text'"),
-        ("a.parquet", b"", "rows are read from .jsonl, .ndjson, .csv, .txt"),
+        ("a.orc", b"", "rows are read from .jsonl, .ndjson, .csv, .txt, .parquet, .arrow and datasets folders"),
     ],
 )
 def test_bad_prompts(write, name, content, expected):
@@ -313,3 +314,100 @@ def test_any_bytes_are_rows_or_a_data_error(tmp_path_factory, content):
         for read in (read_rows, read_prompts):
             with contextlib.suppress(DataError):
                 assert read(str(path))
+
+
+# Files of any length
+
+
+def damaged(row, kind, draw):
+    """A bad row: one of twenty ways, each with a choice of its own."""
+    text = json.dumps(row)
+    ways = [
+        lambda: text[: draw.randrange(1, len(text))],  # cut short
+        lambda: text + draw.choice(["}", "]", ",", '"', " x"]),
+        lambda: text.replace("role", draw.choice(["rol", "rolle", "Role", "from"]), 1),
+        lambda: text.replace("content", draw.choice(["contents", "value", "text"]), 1),
+        lambda: text.replace("messages", draw.choice(["mesages", "conversations", "Messages"]), 1),
+        lambda: text.replace('"assistant"', draw.choice(['"bot"', '"Assistant"', "null", "7", '["assistant"]']), 1),
+        lambda: json.dumps({**row, draw.choice(["extra", "category", "mesage"]): 1}),
+        lambda: json.dumps({"messages": row["messages"][:1]}),
+        lambda: json.dumps(
+            {"messages": [row["messages"][0], {"role": "assistant", "content": draw.choice(["", " ", "\n"])}]}
+        ),
+        lambda: json.dumps({"messages": draw.choice([[], None, "a", {}, 3, [[]], ["a"], [None]])}),
+        lambda: text[:-1] + ', "messages": []}',  # a key twice
+        lambda: text.replace('"role"', '"role": "user", "role"', 1),
+        lambda: text.replace("hello", draw.choice(["\\ud800", "\\udfff", "\\ud83d x"]), 1),
+        lambda: text.replace("hello", draw.choice(["\t", "\x00", "\x1f"]), 1),  # control characters must be escaped
+        lambda: draw.choice(["", " ", "\t"]),
+        lambda: draw.choice(["null", "true", "[]", "{}", "1", '"a"', "NaN", "nan", "'a'"]),
+        lambda: "[" * draw.randrange(2000, 9000),
+        lambda: json.dumps({**row, "id": 0})[:-2] + "1" * 5000 + "}",
+        lambda: text.encode().replace(b"hello", draw.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88"]), 1),
+        lambda: text.replace(":", draw.choice([";", "=", ""]), 1),
+    ]
+    line = ways[kind % len(ways)]()
+    return line if isinstance(line, bytes) else line.encode()
+
+
+def test_a_hundred_bad_rows_of_twenty_kinds_are_named_by_file_line_and_byte(tmp_path):
+    draw = random.Random(0)
+    row = {"messages": [USER, {"role": "assistant", "content": "hello"}]}
+    good = json.dumps(row).encode()
+    total, kinds = 20_000, 100
+    bad = dict(zip(sorted(draw.sample(range(total), kinds)), draw.sample(range(kinds), kinds), strict=True))
+    path, expected, offset = tmp_path / "a.jsonl", [], 0
+    with path.open("wb") as file:
+        for number in range(total):
+            line = damaged(row, bad[number], draw) if number in bad else good
+            if number in bad:
+                expected.append((f"{path}:{number + 1}: ", f"; row at byte {offset}"))
+            offset += file.write(line + b"\n")
+    checked = check_rows(str(path), skip_bad_rows=True)
+    found = checked.bad_lines
+    assert len(found) == kinds
+    for line, (start, end) in zip(found, expected, strict=True):
+        assert line.startswith(start), (line, start)
+        assert line.endswith(end), (line, end)
+    assert checked.num_rows == total - kinds == sum(1 for _ in checked.rows())
+    with pytest.raises(DataError, match=f"{kinds} of {total} rows cannot be used") as error:
+        check_rows(str(path))
+    assert list(error.value.problems) == [*found[:20], f"... and {kinds - 20} more"]
+
+
+@given(st.lists(st.sampled_from(["good", "bad", "blank"]), max_size=40), st.integers(0, 5))
+def test_what_is_skipped_and_what_stays_in_its_order(tmp_path_factory, plan, seed):
+    plan = ["good", *plan, "good"]
+    draw = random.Random(seed)
+    lines = {
+        "good": lambda n: json.dumps({"text": f"row {n}"}),
+        "bad": lambda n: "{" * draw.randint(1, 3),
+        "blank": lambda n: "",
+    }
+    path = tmp_path_factory.mktemp("skip") / "a.jsonl"
+    path.write_text("".join(lines[kind](n) + "\n" for n, kind in enumerate(plan)))
+    read, checked = read_rows(str(path), skip_bad_rows=True), check_rows(str(path), skip_bad_rows=True)
+    kept = [n for n, kind in enumerate(plan) if kind == "good"]
+    assert [row.text for row in read.rows] == [f"row {n}" for n in kept]
+    assert [row for _, row in checked.rows()] == read.rows
+    assert [row.source for row in read.rows] == [f"{path}:{n + 1}" for n in kept]
+    assert len(read.bad) == len(plan) - len(kept) == len(checked.bad)
+    assert checked.bad_lines == read.bad
+    data = path.read_bytes()
+    for record, row in checked.rows():
+        assert json.loads(data[record.byte :].split(b"\n")[0])["text"] == row.text
+
+
+def test_checking_asks_whether_to_stop(write):
+    path = write(GOOD * 5000)
+    shares = []
+    check_rows(path, tick=shares.append)
+    assert len(shares) > 5
+    assert shares[-1] == 1.0
+    assert all(0 <= share <= 1 for share in shares)
+
+    def stop(share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_rows(path, tick=stop)

@@ -28,7 +28,9 @@ EXAMPLE = "Example: veneer eval smollm2 valid.jsonl --adapter runs/tickets/adapt
 
 def evaluate(
     base: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file or embedded model.")],
-    data: Annotated[str, typer.Argument(metavar="ROWS", help="File of rows (.jsonl, .csv).")],
+    data: Annotated[
+        str, typer.Argument(metavar="ROWS", help="Rows: .jsonl, .csv, .parquet, .arrow, or a datasets folder.")
+    ],
     adapter: AdapterFolder = None,
     any_base: AnyBase = False,
     storage: Storage = None,
@@ -48,7 +50,7 @@ def evaluate(
     log_to_stderr()
     sampling = sampling_from(settings)
     check_scores(scores or ())
-    read = veneer.read_rows(data, skip_bad_rows=skip_bad_rows)  # before the base is looked for: that may take a while
+    read = veneer.check_rows(data, skip_bad_rows=skip_bad_rows)  # before the base is looked for: that may take a while
     opened = open_base(base, adapter, any_base, storage)
     rows = veneer.prepare_evaluation(
         opened.tokenizer, read, scores=scores or (), positions=opened.positions, skip_bad_rows=skip_bad_rows

@@ -4,10 +4,15 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from veneer.base.ragged import RaggedBatch
 from veneer.data.encode import EncodedRow
+
+Lengths = Sequence[int] | NDArray[np.int64]
+"""Tokens of each row."""
 
 Step = list[list[int]]
 """The micro-batches of an optimiser step, each a list of row numbers."""
@@ -26,7 +31,7 @@ def row_order(num_rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def epoch_steps(
-    lengths: Sequence[int], *, seed: int, epoch: int, tokens_per_step: int, tokens_per_micro_batch: int
+    lengths: Lengths, *, seed: int, epoch: int, tokens_per_step: int, tokens_per_micro_batch: int
 ) -> list[Step]:
     """Return the optimiser steps of an epoch; each row stands in exactly one micro-batch.
 
@@ -38,16 +43,15 @@ def epoch_steps(
         >>> [[len(micro) for micro in step] for step in steps]
         [[2, 1], [2, 1]]
     """
-    order = row_order(len(lengths), seed, epoch)
-    total = sum(lengths)
+    order_N = np.array(row_order(len(lengths), seed, epoch))
+    lengths_N = np.asarray(lengths, np.int64)[order_N]
+    total = int(lengths_N.sum())
     num_steps = -(-total // tokens_per_step)
-    steps: list[list[int]] = [[] for _ in range(num_steps)]
-    before = 0
-    for row in order:
-        middle = before + lengths[row] / 2
-        steps[int(middle * num_steps / total)].append(row)
-        before += lengths[row]
-    return [pack(rows, lengths, tokens_per_micro_batch) for rows in steps if rows]
+    middle_N = lengths_N.cumsum() - lengths_N + lengths_N / 2
+    step_N = (middle_N * num_steps / total).astype(np.int64)  # never falls, so that each step is a run of the order
+    bounds = np.flatnonzero(np.diff(step_N)) + 1
+    known = np.asarray(lengths).tolist()  # plain numbers compare faster than those of an array
+    return [pack(rows.tolist(), known, tokens_per_micro_batch) for rows in np.split(order_N, bounds)]
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

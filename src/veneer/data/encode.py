@@ -5,65 +5,71 @@ exactly what it will write when the model is asked, and from there to the end-of
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import islice
 
-import torch
-from jinja2 import TemplateError
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from veneer.adapter import AdapterMetadata
-from veneer.data.rows import ChatRow, CompletionRow, Message, Prompt, Row, TextRow
+from veneer.data.chats import LostError, RowError, Turn, render, turns_of
+from veneer.data.encoded import EncodedRow, EncodedRows, Findings, RowSink, rows_of
+from veneer.data.shapes import ChatRow, CompletionRow, Prompt, Row, TextRow
+from veneer.data.tokens import OneByOne, Together, Tokens
 from veneer.errors import AdapterError, DataError
 
-Part = tuple[list[int], bool]
-"""Token ids, and whether their loss counts."""
+__all__ = [
+    "EncodedRow",
+    "EncodedRows",
+    "check_template",
+    "encode_rows",
+    "encode_stream",
+    "prompt_ids",
+    "template_digest",
+]
+
+Place = tuple[int, int, int]
+"""File, number and byte of a row, as in `Record`."""
+
+Marked = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Token ids, and whether the loss of each counts."""
 
 LISTED = 20
+_ROWS, _CHARS = 1024, 2 << 20
+_FIRST = 16
+"""So many rows, and one of each batch, are encoded both ways."""
 
 
-class _RowError(Exception):
-    """Why one row cannot be used."""
+class TogetherDiffersError(Exception):
+    """Rows encoded together have other ids than one by one; `encode_stream(one_by_one=True)` is right."""
 
 
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row as the model sees it.
+@dataclass
+class Encoded:
+    """A row's ids and marks (several for a long text), or why there are none."""
 
-    Args:
-        source: "file:line".
-        token_ids: Shape (S,), int32.
-        supervised: Whether a token's loss counts, shape (S,), bool; never for the first.
-    """
-
+    place: Place
     source: str
-    token_ids: Tensor
-    supervised: Tensor
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """The rows that can be trained on, and "file:line: what is wrong" for each left out."""
-
-    rows: list[EncodedRow]
-    bad: list[str]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(row.token_ids) for row in self.rows)
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens whose loss counts."""
-        return sum(int(row.supervised.sum()) for row in self.rows)
+    parts: list[Marked] = field(default_factory=list)
+    error: str = ""
+    lost: bool = False
+    num_tails: int = 0
+    compared: bool = False
+    unequal: bool = False
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, skip_bad_rows: bool = False
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    skip_bad_rows: bool = False,
+    one_by_one: bool = False,
 ) -> EncodedRows:
-    """Turn rows into token ids with their supervised tokens marked.
+    """Turn rows into token ids with their supervised tokens marked, in memory.
 
     Chat: the assistant's turns with their end-of-turn token. Completion: the completion and the end-of-sequence
     token. Text: everything; a text longer than `max_length` becomes several rows. What follows the last supervised
@@ -74,22 +80,86 @@ def encode_rows(
         tokenizer: The base model's; chats need its template.
         max_length: Longest row in tokens. A longer chat or completion would lose its answer: it cannot be used.
         skip_bad_rows: Leave rows out that cannot be used, and list them, instead of refusing.
+        one_by_one: Give every text to the tokenizer alone: the reference, with the same ids.
 
     Raises:
         DataError: Rows that the template rejects, or that are too long, or nothing supervised; all at once, with
             file and line.
     """
-    encoded, bad = [], []
-    for row in rows:
-        try:
-            encoded += list(_encode(row, tokenizer, max_length))
-        except _RowError as error:
-            bad.append(f"{row.source}: {error}")
-    if bad and not (skip_bad_rows and encoded):
-        more = [f"... and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        advice = "" if skip_bad_rows else "; mend them, or leave them out with --skip-bad-rows"
-        raise DataError(f"{len(bad)} of {len(rows)} rows cannot be trained on{advice}", bad[:LISTED] + more)
-    return EncodedRows(encoded, bad)
+    places = (((0, number, -1), row) for number, row in enumerate(rows))
+    parts, bad, sources = (BytesIO(), BytesIO(), BytesIO()), [], []
+    sink, gathered = RowSink(*parts), Gathered()
+    try:
+        for one in encode_stream(places, tokenizer, max_length, one_by_one=one_by_one):
+            gathered.add(one, sink)
+            sources += [one.source] * len(one.parts)
+            bad += [f"{one.source}: {one.error}"] * bool(one.error)
+    except TogetherDiffersError:
+        return encode_rows(rows, tokenizer, max_length=max_length, skip_bad_rows=skip_bad_rows, one_by_one=True)
+    if bad and not (skip_bad_rows and sources):
+        raise refused(len(bad), len(rows), bad, skip_bad_rows=skip_bad_rows)
+    unequal = tuple(rows[number].source for _, number, _ in gathered.unequal)
+    counts = sink.num_supervised, gathered.num_lost, gathered.num_tails, gathered.num_compared
+    return rows_of([part.getbuffer() for part in parts], sources, bad, Findings(*counts, unequal))
+
+
+def refused(num_bad: int, num_rows: int, bad: Sequence[str], *, skip_bad_rows: bool) -> DataError:
+    """Return the error that lists the first rows that cannot be trained on."""
+    more = [f"... and {num_bad - LISTED} more"] if num_bad > LISTED else []
+    advice = "" if skip_bad_rows else "; mend them, or leave them out with --skip-bad-rows"
+    return DataError(f"{num_bad} of {num_rows} rows cannot be trained on{advice}", [*bad[:LISTED], *more])
+
+
+@dataclass
+class Gathered:
+    """What is counted while rows are encoded."""
+
+    num_lost: int = 0
+    num_tails: int = 0
+    num_compared: int = 0
+    unequal: list[Place] = field(default_factory=list)
+
+    def add(self, one: Encoded, sink: RowSink) -> None:
+        """Count a row, and write it where it can be used."""
+        self.num_lost += one.lost
+        self.num_tails += one.num_tails
+        self.num_compared += one.compared
+        if one.unequal:
+            self.unequal.append(one.place)
+        for ids, marks in one.parts:
+            sink.add(one.place, ids, marks)
+
+
+def encode_stream(
+    rows: Iterable[tuple[Place, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    one_by_one: bool = False,
+) -> Iterator[Encoded]:
+    """Yield rows encoded, in their order, holding no more than a batch of them.
+
+    Raises:
+        TogetherDiffersError: If a row that was encoded both ways has other ids; what was yielded may be wrong then.
+
+    Cost:
+        For a chat of 900 characters two renderings of the template (50 microseconds) and one tokenisation.
+    """
+    stream, plain, together = iter(rows), OneByOne(tokenizer), Together(tokenizer)
+    number = 0
+    while batch := list(_batch(stream)):
+        chats = {place: turns_of(row, tokenizer) for place, (_, row) in enumerate(batch) if isinstance(row, ChatRow)}
+        if not one_by_one:
+            _learn(together, batch, chats)
+        for place, (where, row) in enumerate(batch):
+            if one_by_one:
+                yield _encoded(where, row, chats.get(place, []), plain, tokenizer, max_length)
+                continue
+            found = _encoded(where, row, chats.get(place, []), together, tokenizer, max_length)
+            if number < _FIRST or not place:
+                _compare(found, _encoded(where, row, chats.get(place, []), plain, tokenizer, max_length))
+            number += 1
+            yield found
 
 
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -100,9 +170,9 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     try:
         if isinstance(prompt.start, str):
-            return _opening(prompt.start, tokenizer)
-        return _ids(_render(prompt.start, tokenizer, ask=True), tokenizer)
-    except _RowError as error:
+            return OneByOne(tokenizer).opening(prompt.start)
+        return OneByOne(tokenizer).ids(render(prompt.start, tokenizer, ask=True))
+    except RowError as error:
         raise DataError(f"{prompt.source}: {error}") from None
 
 
@@ -126,121 +196,119 @@ def check_template(metadata: AdapterMetadata, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[EncodedRow]:
-    if isinstance(row, TextRow):
-        ids = [*_opening(row.text, tokenizer), _end(tokenizer)]
-        for start in range(0, len(ids), max_length):
-            piece = ids[start : start + max_length]
-            if len(piece) > 1:  # a single token predicts nothing
-                yield _marked(row.source, [(piece, True)])
-        return
-    parts = _chat(row.messages, tokenizer) if isinstance(row, ChatRow) else _completion(row, tokenizer)
-    encoded = _marked(row.source, parts)
-    if len(encoded.token_ids) > max_length:
-        raise _RowError(f"{len(encoded.token_ids)} tokens, at most {max_length} fit: its answer would be cut")
-    if not encoded.supervised.any():
-        raise _RowError("no supervised tokens")
-    yield encoded
+def _batch(rows: Iterator[tuple[Place, Row]]) -> Iterator[tuple[Place, Row]]:
+    """Yield the next rows, about 2 MB of text at most."""
+    size = 0
+    for where, row in islice(rows, _ROWS):
+        size += sum(map(len, _texts(row)))
+        yield where, row
+        if size > _CHARS:
+            return
 
 
-def _marked(source: str, parts: Sequence[Part]) -> EncodedRow:
+def _texts(row: Row) -> list[str]:
+    if isinstance(row, ChatRow):
+        return [message.content for message in row.messages]
+    return [row.text] if isinstance(row, TextRow) else [row.prompt, row.completion]
+
+
+def _learn(tokens: Together, batch: Sequence[tuple[Place, Row]], chats: dict[int, list[Turn] | RowError]) -> None:
+    """Announce all texts of a batch, so that they are tokenised at once."""
+    texts = [turn.text for turns in chats.values() if isinstance(turns, list) for turn in turns]
+    openings = []
+    for _, row in batch:
+        if isinstance(row, CompletionRow):
+            texts += [row.prompt, row.prompt + row.completion]
+            openings.append(row.prompt)
+        elif isinstance(row, TextRow):
+            openings.append(row.text)
+    tokens.learn(texts, openings)
+
+
+def _compare(found: Encoded, plain: Encoded) -> None:
+    same = found.error == plain.error and len(found.parts) == len(plain.parts)
+    pairs = zip(found.parts, plain.parts, strict=False)
+    if not same or not all(np.array_equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)):
+        raise TogetherDiffersError(found.source)
+
+
+def _encoded(
+    place: Place,
+    row: Row,
+    turns: list[Turn] | RowError,
+    tokens: Tokens,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Encoded:
+    found = Encoded(place, row.source)
+    try:
+        if isinstance(turns, RowError):
+            raise turns
+        if isinstance(row, TextRow):
+            whole = [*tokens.opening(row.text), _end(tokenizer)]
+            pieces = [whole[start : start + max_length] for start in range(0, len(whole), max_length)]
+            found.num_tails = sum(len(piece) == 1 for piece in pieces)  # a single token predicts nothing
+            found.parts = [_marked([(piece, True)]) for piece in pieces if len(piece) > 1]
+            return found
+        if isinstance(row, ChatRow):
+            parts, found.unequal = _join(turns, tokens)
+            found.compared = True
+        else:
+            parts = _completion(row, tokens, tokenizer)
+        ids, marks = _marked(parts)
+        if len(ids) > max_length:
+            raise LostError(f"{len(ids)} tokens, at most {max_length} fit: its answer would be cut")
+        if not marks.any():
+            raise LostError("no supervised tokens")
+        found.parts = [(ids, marks)]
+    except RowError as error:
+        found.error, found.lost = str(error), isinstance(error, LostError)
+    return found
+
+
+def _marked(parts: Sequence[tuple[list[int], bool]]) -> Marked:
     """Join the parts; leave off what follows the last supervised token, which nothing learns from."""
     ids = [token for part, _ in parts for token in part]
     marks = [supervised for part, supervised in parts for _ in part]
     if marks:
         marks[0] = False  # nothing precedes the first token that could predict it
     end = len(marks) - marks[::-1].index(True) if True in marks else len(marks)
-    return EncodedRow(source, torch.tensor(ids[:end], dtype=torch.int32), torch.tensor(marks[:end], dtype=torch.bool))
+    return np.array(ids[:end], np.int32), np.array(marks[:end], np.bool_)
 
 
-def _completion(row: CompletionRow, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    opening = _opening(row.prompt, tokenizer)
-    added = len(opening) - len(_ids(row.prompt, tokenizer))  # the begin-of-sequence token, where there is one
-    answer = _continue(row.prompt, opening[added:], row.completion, tokenizer)
+def _completion(row: CompletionRow, tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
+    opening = tokens.opening(row.prompt)
+    added = len(opening) - len(tokens.ids(row.prompt))  # the begin-of-sequence token, where there is one
+    answer, _ = _continue(row.prompt, opening[added:], row.completion, tokens)
     return [(opening, False), ([*answer, _end(tokenizer)], True)]
 
 
-def _chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    _refuse_special(messages, tokenizer)
-    parts: list[Part] = []
+def _join(turns: Sequence[Turn], tokens: Tokens) -> tuple[list[tuple[list[int], bool]], bool]:
+    """Return the ids between the borders, and whether they differ from those that the model is asked with."""
+    parts: list[tuple[list[int], bool]] = []
     ids: list[int] = []
-    written = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        asked = _render(messages[:index], tokenizer, ask=True)
-        told = _render(messages[: index + 1], tokenizer, ask=False)
-        if not (asked.startswith(written) and told.startswith(asked)):
-            raise _RowError(
-                f"the chat template writes the turns before message {index + 1} differently once it follows; "
-                "split the row, so that only its last turn is the assistant's"
-            )
-        end = _end_of_turn(told, len(asked), message.content, tokenizer)
-        for text, supervised in ((asked, False), (told[:end], True), (told, False)):
-            more = _continue(written, ids, text[len(written) :], tokenizer)
-            parts.append((more, supervised))
-            ids, written = ids + more, text
-    return parts
+    written, unequal = "", False
+    for turn in turns:
+        more, goes_on = _continue(written, ids, turn.text[len(written) :], tokens)
+        unequal |= turn.asked and not goes_on
+        parts.append((more, turn.supervised))
+        ids, written = ids + more, turn.text
+    return parts, unequal
 
 
-def _end_of_turn(told: str, start: int, content: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return where the answer's end-of-turn token ends: the first special token behind the answer's own text.
-
-    What the template writes behind it is not the model's to say.
-    """
-    place = told.find(content.strip(), start)
-    if place < 0:
-        raise _RowError("the chat template does not write the assistant's answer as it is")
-    behind = place + len(content.strip())
-    found = [(told.find(token, behind), token) for token in tokenizer.all_special_tokens]
-    ends = [(where, token) for where, token in found if where >= 0]
-    if not ends:
-        raise _RowError("the chat template writes no end-of-turn token after the assistant's answer")
-    where, token = min(ends)
-    return where + len(token)
-
-
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise _RowError("the base model's tokenizer has no chat template; use prompt and completion rows")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _RowError(f"the chat template rejects the dialogue: {error}") from None
-
-
-def _refuse_special(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse content that spells a special token: it would fake the end of a turn."""
-    for index, message in enumerate(messages, start=1):
-        for token in tokenizer.all_special_tokens:
-            if token in message.content:
-                raise _RowError(f"message {index} spells the special token {token!r}")
-
-
-def _continue(before: str, before_ids: list[int], more: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text that goes on from another, whose own ids stay as they are.
+def _continue(before: str, before_ids: list[int], more: str, tokens: Tokens) -> tuple[list[int], bool]:
+    """Return the ids of a text that goes on from another, whose own ids stay as they are, and whether both are one's.
 
     Usually the ids of both together begin with those of the first. Where a token would reach across the border, the
     second is tokenised alone: when the model is asked, the first stands alone too.
     """
-    together = _ids(before + more, tokenizer)
+    together = tokens.ids(before + more)
     if together[: len(before_ids)] == before_ids:
-        return together[len(before_ids) :]
-    return _ids(more, tokenizer)
-
-
-def _opening(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text at the beginning of a sequence, with what the tokenizer puts before it."""
-    ids = list(tokenizer(text).input_ids)
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and ids != _ids(text, tokenizer) else ids
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return together[len(before_ids) :], True
+    return tokens.ids(more), False
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise _RowError("the tokenizer has no end-of-sequence token")
+        raise RowError("the tokenizer has no end-of-sequence token")
     return int(tokenizer.eos_token_id)

@@ -9,8 +9,10 @@ from veneer.base.generate import GREEDY
 from veneer.base.load import num_positions
 from veneer.config import SamplingConfig
 from veneer.data.answers import generate
-from veneer.data.encode import EncodedRow, encode_rows
-from veneer.data.rows import Prompt, Row, RowsRead, as_prompt, read_rows
+from veneer.data.encode import EncodedRows
+from veneer.data.records import Tick
+from veneer.data.rows import CheckedRows, Prompt, Row, as_prompt
+from veneer.data.store import Settings, encode_checked, recall_or_check
 from veneer.errors import DataError
 from veneer.scoring.loss import evaluate_loss
 from veneer.scoring.scores import score
@@ -29,7 +31,7 @@ class PreparedRows:
         bad_rows: "file:line: what is wrong" for every row left out.
     """
 
-    encoded: tuple[EncodedRow, ...]
+    encoded: EncodedRows
     prompts: tuple[Prompt, ...]
     scores: tuple[str, ...]
     bad_rows: tuple[str, ...]
@@ -103,7 +105,7 @@ def evaluate(
     loss = evaluate_loss(model, data.encoded)
     got = generate(model, tokenizer, data.prompts, sampling=sampling, on_done=on_done) if data.prompts else []
     return Evaluation(
-        num_rows=len({row.source for row in data.encoded}),
+        num_rows=data.encoded.num_sources,
         num_supervised=loss.num_supervised,
         loss=loss.mean,
         perplexity=loss.perplexity,
@@ -118,32 +120,41 @@ def evaluate(
 
 def prepare_evaluation(
     tokenizer: PreTrainedTokenizerBase,
-    data: str | RowsRead,
+    data: str | CheckedRows,
     *,
     scores: Sequence[str] = (),
     positions: int | None = None,
     skip_bad_rows: bool = False,
+    tick: Tick | None = None,
 ) -> PreparedRows:
     """Read and encode rows for an evaluation; all that can be wrong with them is said before a model is loaded.
 
     Args:
         tokenizer: The model's tokenizer.
-        data: File of rows, or what `read_rows` returned.
+        data: File of rows, or what `check_rows` returned; the rows themselves are not held.
         scores: Names of the scores.
         positions: Longest row that the model can take; None for any.
         skip_bad_rows: Leave out rows that cannot be used.
+        tick: Called now and then with the share of the work that is done; what it raises ends the work.
 
     Raises:
         DataError: If rows cannot be used.
         ConfigError: If a score is unknown.
     """
-    found = read_rows(data, skip_bad_rows=skip_bad_rows) if isinstance(data, str) else data
-    encoded = encode_rows(found.rows, tokenizer, max_length=positions or _NO_LIMIT, skip_bad_rows=skip_bad_rows)
-    used = {row.source for row in encoded.rows}
-    prompts = _prompts([row for row in found.rows if row.source in used]) if scores else []
+    tick = tick or _go_on
+    found = recall_or_check(data, skip_bad_rows=skip_bad_rows, tick=tick) if isinstance(data, str) else data
+    encoded = encode_checked(found, Settings(tokenizer, positions or _NO_LIMIT, skip_bad_rows), tick)
+    prompts: list[Prompt] = []
+    if scores:  # an answer is written for each: these rows are few
+        used = set(encoded.sources)
+        prompts = _prompts([row for _, row in found.rows(tick) if row.source in used])
     if scores:  # names, packages and references are right, or it is said before any work
         score(scores, _expected(prompts), _expected(prompts))
-    return PreparedRows(tuple(encoded.rows), tuple(prompts), tuple(scores), (*found.bad, *encoded.bad))
+    return PreparedRows(encoded, tuple(prompts), tuple(scores), (*found.bad_lines, *encoded.bad))
+
+
+def _go_on(share: float) -> None:
+    """Nobody looks, nobody stops the work."""
 
 
 def _expected(prompts: Sequence[Prompt]) -> list[str]:

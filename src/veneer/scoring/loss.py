@@ -15,6 +15,7 @@ from veneer.base.prefix import PrefixStates, tail_hidden_states
 from veneer.base.ragged import RaggedBatch, hidden_states, routed_segments
 from veneer.data.batches import make_batch, pack
 from veneer.data.encode import EncodedRow
+from veneer.data.sharing import make_shared_batch
 from veneer.errors import BaseModelError
 from veneer.nn.layer import LoRALayer
 from veneer.nn.linear import is_plain_linear
@@ -75,10 +76,20 @@ def evaluate_loss(
     tokens_per_batch: int = 4096,
     recall: Recall | None = None,
     way: Way | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Loss:
     """Return the mean loss of rows in evaluation mode; the model's mode is restored.
 
-    Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone.
+    Equals the mean of `F.cross_entropy` over the supervised tokens of each row alone. What rows of a forward begin with
+    alike is computed once, unless `recall` gives the states of whole rows.
+
+    Args:
+        model: A language model.
+        rows: The rows.
+        tokens_per_batch: Token budget of a forward.
+        recall: Gives what the frozen lowest layers make of rows; None runs them.
+        way: How the loss is computed, see `find_way`.
+        check: Called before each forward; may raise to leave.
 
     Raises:
         BaseModelError: If the model can take neither ragged nor padded batches.
@@ -87,7 +98,10 @@ def evaluate_loss(
     way = way or find_way(model)
     with evaluating(model), torch.no_grad(), batching(model, way):
         for part in pack(range(len(rows)), [len(row.token_ids) for row in rows], tokens_per_batch):
-            batch = make_batch([rows[index] for index in part])
+            if check is not None:
+                check()
+            shares = recall is None and way.shares(training=False)
+            batch = (make_shared_batch if shares else make_batch)([rows[index] for index in part])
             below = None if recall is None else recall(part)
             total += summed_loss(model, batch, below, way).item()
             count += int(batch.supervised.sum())
