@@ -300,7 +300,7 @@ class TrainConfig(Settings):
         eval_every: Optimiser steps between evaluations; None means once an epoch.
         patience: Stop after this many evaluations without a better loss; None means never.
         checkpoint_every: Optimiser steps between checkpoints.
-        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_checkpoints: How many of the newest checkpoints stay; at least two, for one may turn out damaged.
         cache_prefix: Where to keep what frozen layers below the lowest adapter give for each row, so that later epochs
             need not run them: auto is in memory if a quarter of what is free suffices, else in a file in the run
             folder that is gone afterwards.
@@ -334,7 +334,7 @@ class TrainConfig(Settings):
     eval_every: PositiveInt | None = None
     patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     lora_plus_ratio: PositiveFloat = 1.0
     cache_prefix: Literal["auto", "off", "memory", "disk"] = "auto"
     checkpoint_activations: bool = False

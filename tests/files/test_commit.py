@@ -1,17 +1,31 @@
 """A committed folder is there whole or not at all, and its manifest vouches for every byte."""
 
+import errno
 import json
-import os
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.files.faulty import Faulty, KilledError
 
 from veneer.errors import DamagedArtefactError, OutputError
-from veneer.files.commit import commit_folder, read_manifest, readable_folder, verify_folder
+from veneer.files.commit import (
+    commit_file,
+    commit_folder,
+    discard,
+    read_manifest,
+    read_steadily,
+    readable_folder,
+    sweep,
+    verify_folder,
+)
 from veneer.files.filesystem import FileSystem
 from veneer.files.manifest import MANIFEST, dump_manifest, parse_manifest, read_verified
 
@@ -29,57 +43,6 @@ def content(folder):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-class KilledError(Exception):
-    """Stands for a process that stops; not an OSError, so nothing handles it."""
-
-
-class Failing(FileSystem):
-    """Fails at one change of the disk, counted from 0; when it is killed, at every change after it too."""
-
-    def __init__(self, fail_at, error=OSError, dead_afterwards=False):
-        self.count, self.fail_at, self.error, self.dead = 0, fail_at, error, dead_afterwards
-
-    def _step(self):
-        self.count += 1
-        if self.count - 1 == self.fail_at or (self.dead and self.count > self.fail_at):
-            raise self.error("injected")
-
-    def make_folder(self, path):
-        self._step()
-        super().make_folder(path)
-
-    def make_parents(self, path):
-        self._step()
-        super().make_parents(path)
-
-    def write_bytes(self, path, data):
-        try:
-            self._step()
-        except BaseException:
-            path.write_bytes(data[: len(data) // 2])  # torn
-            raise
-        super().write_bytes(path, data)
-
-    def fsync_folder(self, path):
-        self._step()
-        super().fsync_folder(path)
-
-    def rename(self, source, target):
-        self._step()
-        super().rename(source, target)
-
-    def remove_tree(self, path):
-        self._step()
-        super().remove_tree(path)
-
-
-def steps_of(tmp_path, replace):
-    counter = Failing(-1)
-    commit_folder(tmp_path / "count", OLD, kind="x")
-    commit_folder(tmp_path / "count" if replace else tmp_path / "count2", NEW, kind="x", replace=replace, fs=counter)
-    return counter.count
 
 
 def test_a_commit_is_whole_and_verifies(tmp_path):
@@ -140,63 +103,182 @@ def test_a_link_among_the_files_is_refused(tmp_path):
     assert names_in(tmp_path) == ["secret"]
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_a_failure_at_any_step_leaves_the_target_as_it_was_or_whole(tmp_path, replace):
-    steps = steps_of(tmp_path, replace)
-    assert steps >= 9
-    messages = []
-    for step in range(steps):
-        home = tmp_path / f"step{step}"
-        home.mkdir()
-        target = home / "x"
-        if replace:
-            commit_folder(target, OLD, kind="x")
-        try:
-            commit_folder(target, NEW, kind="x", replace=replace, fs=Failing(step))
-        except OutputError as error:
-            messages.append(error.message)
-            assert (content(target) if target.exists() else None) == (OLD if replace else None), step
-            assert names_in(home) == (["x"] if replace else []), step
-        else:  # only the removal of what was replaced may fail in silence
-            assert content(target) == NEW, step
-    assert len(messages) == (steps - 2 if replace else steps)
-    assert all("injected" in message for message in messages)
+def make_debris(home):
+    """What dead writers of `x` may leave: kills, a full disk, a power loss."""
+    commit_folder(home / ".x.tmp-0000000000000001", NEW, kind="x")  # whole, but for its name
+    (home / ".x.tmp-0000000000000002" / "deep").mkdir(parents=True)
+    (home / ".x.tmp-0000000000000002" / "deep" / "b.bin").write_bytes(b"")  # begun
+    (home / ".x.tmp-0000000000000003").write_bytes(b"half")  # a single file
+    commit_folder(home / ".x.old-0000000000000004", NEW, kind="x")  # put aside, its successor in place
+    commit_folder(home / ".x.old-0000000000000005", OLD, kind="x")
+    (home / ".x.old-0000000000000005" / "a.txt").unlink()  # put aside and damaged
+    (home / ".x.tmp-0000000000000006").symlink_to(home / "nowhere")
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_process_killed_at_any_step_loses_nothing(tmp_path, replace):
-    for step in range(steps_of(tmp_path, replace)):
-        home = tmp_path / f"step{step}"
-        home.mkdir()
-        target = home / "x"
-        if replace:
-            commit_folder(target, OLD, kind="x")
-        with pytest.raises(KilledError):
-            commit_folder(target, NEW, kind="x", replace=replace, fs=Failing(step, KilledError, dead_afterwards=True))
-        found = readable_folder(target)
-        state = content(found) if found.exists() else None
-        assert state in ((OLD, NEW) if replace else (None, NEW)), step
-        if state is not None:
-            assert verify_folder(found) is not None
-
-
-def test_what_a_dead_process_left_is_brought_back_and_swept(tmp_path):
+def test_debris_of_every_kind_hinders_nobody_and_is_swept(tmp_path, replace):
     target = tmp_path / "x"
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    pid = int(dead.stdout)
-    commit_folder(target, OLD, kind="x")
-    target.rename(tmp_path / f".x.old-{pid}-00")
-    stale = tmp_path / f".x.tmp-{pid}-00"
-    stale.mkdir()
-    alive = tmp_path / f".x.tmp-{os.getpid()}-00"
-    alive.mkdir()
-    other = tmp_path / f".xy.tmp-{pid}-00"
-    other.mkdir()
-    assert content(readable_folder(target)) == OLD
-    with pytest.raises(OutputError, match=r"exists already"):
-        commit_folder(target, NEW, kind="x")
+    if replace:
+        commit_folder(target, OLD, kind="x")
+    else:
+        (tmp_path / "x-mine").mkdir()
+    (tmp_path / ".xy.tmp-0000000000000001").mkdir()  # of another artefact
+    make_debris(tmp_path)
+    if not replace:  # there is no target: what was put aside whole is the last state, and comes back
+        with pytest.raises(OutputError, match=r"exists already"):
+            commit_folder(target, OLD, kind="x")
+        assert content(target) == NEW
+        with pytest.raises(OutputError, match=r"exists already"):
+            commit_folder(target, OLD, kind="x")  # now that it stands, the rest is swept
+        shutil.rmtree(target)
+    commit_folder(target, NEW, kind="x", replace=replace)
+    assert content(target) == NEW
+    assert names_in(tmp_path) == sorted([".xy.tmp-0000000000000001", "x", *([] if replace else ["x-mine"])])
+
+
+def test_debris_of_a_single_file_is_swept(tmp_path):
+    (tmp_path / ".a.json.tmp-0000000000000001").write_bytes(b"{")
+    (tmp_path / ".b.json.tmp-0000000000000001").write_bytes(b"{")
+    commit_file(tmp_path / "a.json", b"{}")
+    assert names_in(tmp_path) == [".b.json.tmp-0000000000000001", "a.json"]
+
+
+def test_what_a_living_writer_holds_is_left_alone_until_it_is_dead(tmp_path):
+    """A process number would not do: another process may have it by now, or the writer lives in another container."""
+    code = (
+        "import sys; from pathlib import Path; from veneer.files.commit import commit_folder\n"
+        "def write(folder):\n    (folder / 'a').write_bytes(b'1'); print('writing', flush=True); sys.stdin.read()\n"
+        "commit_folder(Path(sys.argv[1]), write, kind='x', replace=True)"
+    )
+    target = tmp_path / "x"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(target)], **pipes) as writer:
+        assert writer.stdout.readline() == b"writing\n"
+        commit_folder(target, OLD, kind="x", replace=True)
+        held = [name for name in names_in(tmp_path) if name.startswith(".x.tmp-")]
+        assert len(held) == 1
+        writer.kill()
+    commit_folder(target, NEW, kind="x", replace=True)
+    assert names_in(tmp_path) == ["x"]
+    assert content(target) == NEW
+
+
+def test_a_target_that_is_damaged_gives_way_to_what_was_put_aside_whole(tmp_path):
+    target = tmp_path / "x"
+    commit_folder(target, NEW, kind="x")
+    commit_folder(tmp_path / ".x.old-0000000000000001", OLD, kind="x")
+    (target / "a.txt").write_bytes(b"rot")
+    sweep(tmp_path)
     assert content(target) == OLD
-    assert names_in(tmp_path) == sorted([alive.name, other.name, "x"])
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_what_is_half_removed_is_never_taken_for_what_was_put_aside(tmp_path):
+    for at in range(40):
+        root = tmp_path / f"{at}"
+        commit_folder(root / "x", OLD, kind="x")
+        with suppress(KilledError):
+            commit_folder(root / "x", NEW, kind="x", replace=True, fs=Faulty(root, at))
+        shutil.rmtree(root / "x", ignore_errors=True)  # its owner removes it before anything is swept
+        found = readable_folder(root / "x")
+        assert not found.exists() or (verify_folder(found) is not None and content(found) == OLD), at
+
+
+def test_where_nothing_can_be_locked_nothing_is_swept(tmp_path):
+    class NoLocks(FileSystem):
+        @contextmanager
+        def locked(self, path, *, wait=True, create=False):
+            yield False
+
+    commit_folder(tmp_path / "x", OLD, kind="x")
+    make_debris(tmp_path)
+    before = names_in(tmp_path)
+    commit_folder(tmp_path / "x", NEW, kind="x", replace=True, fs=NoLocks())
+    commit_file(tmp_path / "a", b"1", fs=NoLocks())
+    assert names_in(tmp_path) == sorted([*before, "a"])
+    assert content(tmp_path / "x") == NEW
+
+
+class QuickDisk(FileSystem):
+    """The disk without waiting for it."""
+
+    def fsync(self, handle):
+        pass
+
+
+def test_readers_of_a_folder_that_is_replaced_all_the_time_see_whole_states_only(tmp_path):
+    states = [{"a": bytes([n]) * 2000, "b": bytes([n]) * 3000} for n in range(2)]
+    commit_folder(tmp_path / "x", states[0], kind="x")
+    stop, written = threading.Event(), []
+
+    def replace():
+        while not stop.is_set():
+            state = states[len(written) % 2]
+            written.append(commit_folder(tmp_path / "x", state, kind="x", replace=True, fs=QuickDisk()))
+
+    def read(folder):
+        return read_verified(folder, ["a", "b"])[0]
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        while len(written) < 200 and writer.is_alive():
+            assert read_steadily(tmp_path / "x", read) in states
+    finally:
+        stop.set()
+        writer.join()
+    assert len(written) >= 200
+
+
+def test_a_reader_is_told_of_damage_in_a_folder_that_stays(tmp_path):
+    commit_folder(tmp_path / "x", OLD, kind="x")
+    (tmp_path / "x" / "a.txt").write_bytes(b"rot")
+    with pytest.raises(DamagedArtefactError, match=r"a\.txt"):
+        read_steadily(tmp_path / "x", lambda folder: read_verified(folder, ["a.txt"]))
+
+
+def test_many_writers_of_one_folder_leave_one_whole_state(tmp_path):
+    states = [{"a": bytes([n]) * 500, f"b{n}": b""} for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(commit_folder, tmp_path / "x", one, kind="x", replace=True) for one in states]
+    assert [one.exception() for one in done] == [None] * 8
+    assert verify_folder(tmp_path / "x") is not None
+    assert content(tmp_path / "x") in states
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_a_full_disk_is_told_with_what_is_needed(tmp_path):
+    with pytest.raises(OutputError, match=r"No space left .*it takes 0.0 MB, .* MB are free there; make room"):
+        commit_folder(tmp_path / "x", NEW, kind="x", fs=Full())
+    with pytest.raises(OutputError, match=r"make room"):
+        commit_file(tmp_path / "x", b"1", fs=Full())
+    assert names_in(tmp_path) == []
+
+
+class Full(FileSystem):
+    """A disk without room."""
+
+    def write(self, handle, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_is_discarded_in_one_step_and_twice_is_no_error(tmp_path):
+    commit_folder(tmp_path / "x", OLD, kind="x")
+    discard(tmp_path / "x")
+    discard(tmp_path / "x")
+    assert names_in(tmp_path) == []
+
+
+def test_a_file_is_committed_in_the_place_of_another_and_errors_leave_it(tmp_path):
+    commit_file(tmp_path / "a", b"old")
+    commit_file(tmp_path / "a", [b"n", memoryview(b"ew")])
+    assert (tmp_path / "a").read_bytes() == b"new"
+    with pytest.raises(OutputError, match=r"could not be written"):
+        commit_file(tmp_path / "no folder" / "a", b"1")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match=r"could not be written"):
+        commit_file(tmp_path / "folder", b"1")
+    assert names_in(tmp_path) == ["a", "folder"]
 
 
 def test_what_the_disk_changes_is_seen_and_the_old_folder_comes_back(tmp_path):

@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
 from veneer.files import tensors as module
-from veneer.files.tensors import dump_tensors, parse_tensors, read_tensors
+from veneer.files.tensors import dump_tensors, non_finite, parse_tensors, read_tensors, tensor_pieces
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
@@ -161,3 +162,41 @@ def test_a_file_that_cannot_be_read_is_our_error(tmp_path):
     path.write_bytes(dump_tensors({"x": torch.ones(100)}))
     with pytest.raises(AdapterError, match=r"longer than the limit of 100 bytes"):
         read_tensors(path, max_bytes=100)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+
+
+@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=6))
+def test_the_pieces_are_the_bytes_that_safetensors_writes(drawn):
+    tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in drawn.items()}
+    assert b"".join(tensor_pieces(tensors)) == safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+def test_pieces_are_the_tensors_own_memory():
+    tensor = torch.zeros(3)
+    pieces = tensor_pieces({"x": tensor})
+    tensor[1] = 1.0
+    assert bytes(pieces[1]) == tensor.numpy().tobytes()
+
+
+def test_a_dtype_that_the_format_does_not_know_is_refused():
+    with pytest.raises(AdapterError, match=r"cannot be written(.|\n)*'x': torch\.complex64"):
+        tensor_pieces({"x": torch.zeros(1, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_finite_values_whose_sum_overflows_are_finite(dtype):
+    largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert non_finite({"x": largest}) == []
+    largest[500] = -torch.inf
+    assert non_finite({"x": largest}) == ["'x': 0 NaN and 1 infinite of 1000 values"]
+    both = torch.tensor([torch.inf, -torch.inf, 1.0], dtype=dtype)
+    assert non_finite({"x": both}) == ["'x': 0 NaN and 2 infinite of 3 values"]
+
+
+def test_moments_may_be_infinite_where_that_is_allowed():
+    data = dump_tensors({"x": torch.tensor([torch.inf])})
+    assert parse_tensors(data, "x", finite=False)["x"].isinf().all()
+    with pytest.raises(AdapterError, match=r"1 infinite"):
+        parse_tensors(data, "x")

@@ -4,11 +4,8 @@ Reading a GGUF file takes transformers half a minute; the directory made of it l
 second with the same logits. It is kept in a cache, under the digest of the file, committed in one step.
 """
 
-import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,8 +56,8 @@ def converted_gguf(path: Path, expected_sha256: str | None = None) -> Path:
         return target
     if find_spec("gguf") is None:
         raise MissingDependencyError("reading GGUF files needs the gguf package: pip install 'veneer[gguf]'")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(target.with_name(f"{target.name}.lock")):
+    REAL.make_parents(target.parent)
+    with REAL.locked(target.with_name(f"{target.name}.lock"), create=True):
         if not _is_sound(target, path):  # another process may have made it while we waited
             log.info("converting %s once; this takes about half a minute", path.name)
             notes = {"source": path.name, "sha256": digest, "conversion": CONVERSION}
@@ -75,14 +72,6 @@ def _is_sound(target: Path, path: Path) -> bool:
     except DamagedArtefactError as error:
         log.warning("the converted copy of %s is damaged and is made again: %s", path.name, error)
         return False
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Let one process at a time into the block; the lock goes with its holder, however that ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(path: Path, folder: Path) -> None:

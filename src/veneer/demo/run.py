@@ -12,6 +12,8 @@ from veneer.base.load import load_base
 from veneer.config import LoRAConfig, SamplingConfig, TrainConfig
 from veneer.demo.dates import date_rows, to_jsonl
 from veneer.errors import OutputError
+from veneer.files.commit import commit_file
+from veneer.files.filesystem import REAL
 from veneer.nn.attach import attach
 from veneer.nn.plan import plan
 from veneer.scoring.evaluate import Answer, evaluate
@@ -103,10 +105,10 @@ def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAI
         raise OutputError(f"out: {out!r} exists and is no earlier demo; it is left as it is, choose another --out")
     rows = date_rows(seed, num_train, NUM_HELD_OUT)
     data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    REAL.make_parents(data)
     held_out, training = data / "heldout.jsonl", data / "train.jsonl"
-    held_out.write_text(to_jsonl(rows.eval), encoding="utf-8")
-    training.write_text(to_jsonl(rows.train), encoding="utf-8")
+    commit_file(held_out, to_jsonl(rows.eval).encode())
+    commit_file(training, to_jsonl(rows.train).encode())
 
     model, tokenizer = load_base(BASE)
     planned = plan(model, ADAPTER)

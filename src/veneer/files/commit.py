@@ -1,19 +1,25 @@
-"""Writing a folder so that it is there whole or not at all.
+"""Writing a folder, or a file, so that it is there whole or not at all.
 
-The steps (research: failures.md 5.1): a temporary sibling folder; every file, on the disk; MANIFEST.json last;
-one rename; the parent on the disk; verified. A folder that is replaced is put aside first and removed last, so at
-each moment either the target or what was put aside is whole. Readers ask `readable_folder`.
+The steps of a folder (research: failures.md 5.1): a temporary sibling; every file, on the disk; MANIFEST.json last; one
+rename; the parent on the disk; read back. A folder that is replaced is put aside first and removed last, so at each
+moment either the target or what was put aside is whole. Readers ask `readable_folder`.
+
+Who writes holds a lock on his temporary folder, and one on its parent while names change. Locks go with their process,
+so what nobody holds is what a dead writer left: no process number is asked, which another process may have by now.
 """
 
+import errno
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from veneer.errors import OutputError
-from veneer.files.filesystem import REAL, FileSystem
+from veneer.errors import DamagedArtefactError, OutputError, VeneerError
+from veneer.files.filesystem import REAL, Content, FileSystem, pieces_of
 from veneer.files.manifest import (
     MANIFEST,
     FileRecord,
@@ -21,21 +27,41 @@ from veneer.files.manifest import (
     dump_manifest,
     is_safe_name,
     read_manifest,
+    record_content,
     verify_folder,
 )
 
-__all__ = ["Manifest", "commit_folder", "read_manifest", "readable_folder", "verify_folder"]
+__all__ = [
+    "Manifest",
+    "commit_file",
+    "commit_folder",
+    "discard",
+    "read_manifest",
+    "read_steadily",
+    "readable_folder",
+    "sweep",
+    "verify_folder",
+]
 
 _TEMPORARY = "tmp"
 _ASIDE = "old"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_TRIES = 10
+
+Read = TypeVar("Read")
+
+Writer = Callable[[Path], None] | Mapping[str, Content]
+"""What fills a folder: names and contents, or a function that writes files into the folder that it is given."""
+
+Notes = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 def commit_folder(
     target: str | Path,
-    write: Callable[[Path], None] | Mapping[str, bytes],
+    write: Writer,
     *,
     kind: str,
-    notes: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
     replace: bool = False,
     fs: FileSystem = REAL,
 ) -> Manifest:
@@ -45,13 +71,17 @@ def commit_folder(
         target: The folder to make; parents are made too.
         write: Relative names and contents, or a function that writes files into the folder that it is given.
         kind: What the artefact is, such as `adapter`.
-        notes: What the manifest says about it besides; any JSON.
+        notes: What the manifest says about it besides, any JSON; or a function that is asked for it after the files
+            are written.
         replace: Put the new folder in the place of one that exists.
         fs: Where it lies.
 
     Raises:
         OutputError: If the target exists, a name leaves the folder, or the disk refuses. The target is then as it was.
         DamagedArtefactError: If what the disk gives back is not what was written. The target is then as it was.
+
+    Cost:
+        Contents are written, hashed beside that, and read back to be compared; nothing is copied.
 
     Example:
         >>> import tempfile
@@ -60,23 +90,82 @@ def commit_folder(
         ...     verify_folder(Path(folder) / "new") == manifest
         True
     """
-    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link that is to be replaced
+    target = _absolute(target)
     temporary = _sibling(target, _TEMPORARY)
-    try:
+    size = 0 if callable(write) else sum(len(piece) for one in write.values() for piece in pieces_of(one))
+    with _told(target, size, fs), ExitStack() as stack:
         fs.make_parents(target.parent)
-        _sweep(target, fs)
-        _check_target(target, replace, fs)
-        fs.make_folder(temporary)
-        manifest = _fill(temporary, write, kind, dict(notes or {}), fs)
-        _swap(temporary, target, replace, fs)
-    except BaseException as cause:
-        with suppress(OSError):
-            if fs.exists(temporary):
-                fs.remove_tree(temporary)
-        if isinstance(cause, OSError):
-            raise OutputError(f"{target}: could not be written: {cause}") from cause
-        raise
+        stack.callback(_remove_quietly, temporary, fs)
+        with fs.locked(target.parent) as alone:
+            _sweep(target, fs, alone)
+            _check_target(target, replace, fs)
+            fs.make_folder(temporary)
+            stack.enter_context(fs.locked(temporary))
+        manifest = _fill(temporary, write, kind, notes or {}, fs)
+        with fs.locked(target.parent):
+            _swap(temporary, target, replace, fs, lambda: _read_back(target, manifest, write, fs))
     return manifest
+
+
+def commit_file(target: str | Path, content: Content, *, fs: FileSystem = REAL) -> None:
+    """Write a single file in one step, in the place of one that may be there; its folder must exist.
+
+    Args:
+        target: The file.
+        content: What it is to hold.
+        fs: Where it lies.
+
+    Raises:
+        OutputError: If the disk refuses. The target is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     commit_file(Path(folder) / "a.txt", b"hello")
+        ...     (Path(folder) / "a.txt").read_text()
+        'hello'
+    """
+    target = _absolute(target)
+    temporary = _sibling(target, _TEMPORARY)
+    size = sum(len(piece) for piece in pieces_of(content))
+    with _told(target, size, fs), fs.locked(target.parent) as alone, ExitStack() as stack:
+        stack.callback(_remove_quietly, temporary, fs)
+        if alone:  # the whole of it is done under this lock, so that any other one was left by a dead writer
+            for stale in _leftovers(target, _TEMPORARY, fs):
+                fs.remove_tree(stale)
+        fs.write_bytes(temporary, content)
+        fs.rename(temporary, target)
+        fs.fsync_folder(target.parent)
+
+
+def discard(target: Path, *, fs: FileSystem = REAL) -> None:
+    """Remove a folder so that at no moment a half of it stands under its name; nothing where it is not there.
+
+    Raises:
+        OSError: If the disk refuses; `sweep`, or the next commit of the same name, removes what is left.
+    """
+    target = _absolute(target)
+    temporary = _sibling(target, _TEMPORARY)
+    with fs.locked(target.parent):
+        if not fs.exists(target):
+            return
+        fs.rename(target, temporary)
+    fs.remove_tree(temporary)
+
+
+def sweep(folder: Path, *, fs: FileSystem = REAL) -> None:
+    """Put in order what dead writers left in a folder that holds artefacts of ours alone.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    if not fs.is_folder(folder):
+        return
+    with fs.locked(folder) as alone:
+        marks = (f".{_TEMPORARY}-", f".{_ASIDE}-")
+        names = {name[1:].rpartition(mark)[0] for name in fs.list_folder(folder) for mark in marks if mark in name}
+        for name in sorted(names - {""}):
+            _sweep(_absolute(folder) / name, fs, alone)
 
 
 def readable_folder(target: str | Path, *, fs: FileSystem = REAL) -> Path:
@@ -91,39 +180,102 @@ def readable_folder(target: str | Path, *, fs: FileSystem = REAL) -> Path:
     target = Path(target)
     if fs.exists(target):
         return target
-    aside = [path for path, _ in _leftovers(target, _ASIDE, fs)]
+    aside = _leftovers(target, _ASIDE, fs)
     return aside[-1] if aside else target
 
 
-def _fill(
-    folder: Path, write: Callable[[Path], None] | Mapping[str, bytes], kind: str, notes: dict[str, Any], fs: FileSystem
-) -> Manifest:
+def read_steadily(target: str | Path, read: Callable[[Path], Read], *, fs: FileSystem = REAL) -> Read:
+    """Return what a function reads from a folder; it is asked again where the folder was replaced meanwhile.
+
+    Args:
+        target: The folder.
+        read: Reads the folder that it is given, and compares it with its manifest.
+        fs: Where it lies.
+
+    Raises:
+        VeneerError, OSError: Whatever `read` raises of a folder that stays.
+
+    Example:
+        >>> read_steadily(".", lambda folder: folder.name)
+        ''
+    """
+    for attempt in range(_TRIES):
+        found = readable_folder(target, fs=fs)
+        before = fs.identity(found)
+        try:
+            return read(found)
+        except (VeneerError, OSError):
+            now = readable_folder(target, fs=fs)
+            if before is not None and (now, fs.identity(now)) == (found, before):
+                raise  # it is what it was: the fault is in it
+        time.sleep(attempt / 1000)
+    return read(readable_folder(target, fs=fs))
+
+
+@contextmanager
+def _told(target: Path, size: int, fs: FileSystem) -> Iterator[None]:
+    """Turn what the disk says into an error that says what to do."""
+    try:
+        yield
+    except OSError as cause:
+        message = f"{target}: could not be written: {cause}"
+        if cause.errno in _NO_ROOM:
+            with suppress(OSError):
+                free = fs.free_bytes(target.parent)
+                message += f"; it takes {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there; make room"
+        raise OutputError(message) from cause
+
+
+def _fill(folder: Path, write: Writer, kind: str, notes: Notes, fs: FileSystem) -> Manifest:
     """Write all files and then the manifest into a new folder, and wait until they are on the disk."""
-    if callable(write):
-        write(folder)
-    else:
-        _check_names(write)
-        for name, data in write.items():
-            fs.make_parents((folder / name).parent)
-            fs.write_bytes(folder / name, data)
-    names = fs.list_files(folder)
-    _check_names(names)
-    records = {}
-    for name in names:
-        if not fs.is_plain_file(folder / name):
-            raise OutputError(f"{name}: only regular files can be committed, got a link or a device")
-        if callable(write):
-            fs.fsync_file(folder / name)
-        records[name] = FileRecord(*fs.measure(folder / name))
-    manifest = Manifest(kind, records, notes)
+    records = _fill_by_function(folder, write, fs) if callable(write) else _fill_by_name(folder, write, fs)
+    manifest = Manifest(kind, records, dict(notes() if callable(notes) else notes))
     fs.write_bytes(folder / MANIFEST, dump_manifest(manifest))
     for inner in fs.list_folders(folder):
         fs.fsync_folder(inner)
     return manifest
 
 
-def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem) -> None:
-    """Give the new folder its name, verify it, and only then remove the old one."""
+def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem) -> dict[str, FileRecord]:
+    """Write contents; other threads hash them meanwhile, in memory: they never meet the disk."""
+    _check_names(contents)
+    with ThreadPoolExecutor(2) as hashing:
+        records = {name: hashing.submit(record_content, contents[name]) for name in sorted(contents)}
+        for name, content in contents.items():
+            fs.make_parents((folder / name).parent)
+            fs.write_bytes(folder / name, content)
+        return {name: record.result() for name, record in records.items()}
+
+
+def _fill_by_function(folder: Path, write: Callable[[Path], None], fs: FileSystem) -> dict[str, FileRecord]:
+    write(folder)
+    names = fs.list_files(folder)
+    _check_names(names)
+    records = {}
+    for name in names:
+        if not fs.is_plain_file(folder / name):
+            raise OutputError(f"{name}: only regular files can be committed, got a link or a device")
+        fs.fsync_file(folder / name)
+        records[name] = FileRecord(*fs.measure(folder / name))
+    return records
+
+
+def _read_back(target: Path, manifest: Manifest, write: Writer, fs: FileSystem) -> None:
+    """Raise unless the disk gives back what was written: equal to the memory it came from, where there is one."""
+    if callable(write):
+        verify_folder(target, fs=fs)
+        return
+    found = read_manifest(target, fs=fs)
+    problems = [] if found == manifest else [f"{MANIFEST}: not what was written"]
+    problems += [f"{name}: not what was written" for name, one in write.items() if not fs.holds(target / name, one)]
+    if fs.list_files(target) != sorted([*write, MANIFEST]):
+        problems.append("there are more or fewer files than were written")
+    if problems:
+        raise DamagedArtefactError(f"{target}: the disk does not give back what was written to it", problems)
+
+
+def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem, read_back: Callable[[], None]) -> None:
+    """Give the new folder its name, read it back, and only then remove the old one."""
     aside = _sibling(target, _ASIDE)
     replacing = replace and fs.exists(target)
     if replacing:
@@ -134,7 +286,7 @@ def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem) -> None:
         fs.rename(temporary, target)
         placed = True
         fs.fsync_folder(target.parent)
-        verify_folder(target, fs=fs)
+        read_back()
     except BaseException:
         with suppress(OSError):
             if placed:
@@ -150,6 +302,49 @@ def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem) -> None:
             fs.remove_tree(temporary)
 
 
+def _sweep(target: Path, fs: FileSystem, alone: bool) -> None:
+    """Bring back what a dead writer put aside, and remove what else dead writers left; the parent is locked.
+
+    Where it could not be locked nobody knows who is dead, and all stays as it is.
+    """
+    if not alone:
+        return
+    aside = _leftovers(target, _ASIDE, fs)
+    if aside and not _is_sound(target, fs):
+        best = next((path for path in reversed(aside) if _is_sound(path, fs)), None)
+        if best is None and not fs.exists(target):
+            best = aside[-1]  # damaged, but all there is
+        if best is not None:
+            if fs.exists(target):
+                fs.rename(target, _sibling(target, _TEMPORARY))
+            fs.rename(best, target)
+            fs.fsync_folder(target.parent)
+        aside = []  # nothing is removed as long as what stands in its place is not known to be sound
+    for path in aside:
+        fs.rename(path, _sibling(target, _TEMPORARY))
+    for path in _leftovers(target, _TEMPORARY, fs):
+        if _is_left(path, fs):
+            fs.remove_tree(path)
+
+
+def _is_sound(folder: Path, fs: FileSystem) -> bool:
+    """Tell whether a folder is what its manifest vouches for, or is there and has none."""
+    try:
+        verify_folder(folder, fs=fs)
+    except DamagedArtefactError:
+        return False
+    return fs.is_folder(folder)
+
+
+def _is_left(path: Path, fs: FileSystem) -> bool:
+    """Tell whether nobody holds what looks like a writer's temporary folder or file."""
+    if not fs.is_folder(path):
+        return True  # files are written under the lock of their folder, which we hold
+    with suppress(FileNotFoundError), fs.locked(path, wait=False) as held:
+        return held
+    return False
+
+
 def _check_target(target: Path, replace: bool, fs: FileSystem) -> None:
     if not fs.exists(target):
         return
@@ -159,47 +354,30 @@ def _check_target(target: Path, replace: bool, fs: FileSystem) -> None:
         raise OutputError(f"{target}: exists already; choose another name, or replace it with replace=True")
 
 
-def _check_names(names: Mapping[str, bytes] | list[str]) -> None:
+def _check_names(names: Mapping[str, Content] | list[str]) -> None:
     problems = [f"{name!r}: not a relative name inside the folder" for name in names if not is_safe_name(name)]
     problems += [f"{name!r}: written by the commit itself" for name in names if name == MANIFEST]
     if problems:
         raise OutputError("files cannot be committed under these names", problems)
 
 
+def _absolute(target: str | Path) -> Path:
+    return Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link that is to be replaced
+
+
 def _sibling(target: Path, role: str) -> Path:
-    return target.parent / f".{target.name}.{role}-{os.getpid()}-{secrets.token_hex(6)}"
+    return target.parent / f".{target.name}.{role}-{secrets.token_hex(8)}"
 
 
-def _leftovers(target: Path, role: str, fs: FileSystem) -> list[tuple[Path, int]]:
-    """Return the siblings that commits of this target made in a role, with the processes that made them."""
-    prefix, found = f".{target.name}.{role}-", []
+def _leftovers(target: Path, role: str, fs: FileSystem) -> list[Path]:
+    """Return what commits of this target have beside it in a role, sorted."""
+    prefix = f".{target.name}.{role}-"
     if not fs.is_folder(target.parent):
         return []
-    for name in fs.list_folder(target.parent):
-        pid, _, rest = name.removeprefix(prefix).partition("-")
-        if name.startswith(prefix) and pid.isdigit() and rest:
-            found.append((target.parent / name, int(pid)))
-    return found
+    return [target.parent / name for name in fs.list_folder(target.parent) if name.startswith(prefix)]
 
 
-def _sweep(target: Path, fs: FileSystem) -> None:
-    """Bring back what a dead process put aside, and remove what else dead processes left."""
-    aside = [path for path, pid in _leftovers(target, _ASIDE, fs) if not _is_alive(pid)]
-    if aside and not fs.exists(target):
-        fs.rename(aside.pop(), target)
-    stale = [path for path, pid in _leftovers(target, _TEMPORARY, fs) if not _is_alive(pid)]
-    for path in [*aside, *stale]:
-        fs.remove_tree(path)
-
-
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process lives on this machine; where that cannot be told, it counts as alive."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def _remove_quietly(path: Path, fs: FileSystem) -> None:
+    with suppress(OSError):
+        if fs.exists(path):
+            fs.remove_tree(path)

@@ -1,16 +1,41 @@
 """The one door to the disk of this package.
 
-Every read and every change goes through a `FileSystem`, so that a test can put one in its place that
-fails at a chosen operation (research: failures.md 5.1, the idea of SQLite's VFS).
+Every change goes through the few primitives of a `FileSystem`, each of them one operation of the disk, so that a test
+can put one in its place that fails, stops or loses power at a chosen operation (research: failures.md 5.1, the idea of
+SQLite's VFS). What is made of several operations is written here, in terms of them.
 """
 
+import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 _CHUNK = 1 << 20
+
+Pieces = Sequence[bytes | memoryview]
+"""What a file is to hold, one after another; they are never joined in memory."""
+
+Content = bytes | Pieces
+
+
+def pieces_of(content: Content) -> list[memoryview]:
+    """Return the pieces of a content that are not empty, as flat bytes.
+
+    Example:
+        >>> [bytes(piece) for piece in pieces_of([b"a", b"", b"bc"])]
+        [b'a', b'bc']
+    """
+    pieces = [content] if isinstance(content, bytes) else content
+    return [memoryview(piece).cast("B") for piece in pieces if len(piece)]
 
 
 class FileSystem:
@@ -24,6 +49,8 @@ class FileSystem:
         (b'abc', ['a.bin'])
     """
 
+    # What is there.
+
     def exists(self, path: Path) -> bool:
         """Tell whether anything stands at a path, a dangling link included."""
         return os.path.lexists(path)
@@ -31,6 +58,14 @@ class FileSystem:
     def is_folder(self, path: Path) -> bool:
         """Tell whether a path is a folder, or a link to one."""
         return path.is_dir()
+
+    def identity(self, path: Path) -> tuple[int, int, int] | None:
+        """Return what stays the same for as long as a path is the same file or folder; None where nothing is there."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_mtime_ns
 
     def list_folder(self, folder: Path) -> list[str]:
         """Return the sorted names in a folder."""
@@ -52,6 +87,14 @@ class FileSystem:
     def is_plain_file(self, path: Path) -> bool:
         """Tell whether a path is a regular file itself, not a link, a pipe or a device."""
         return stat.S_ISREG(path.lstat().st_mode)
+
+    def size_of(self, path: Path) -> int:
+        """Return how many bytes a file holds."""
+        return path.stat().st_size
+
+    def free_bytes(self, folder: Path) -> int:
+        """Return how much may still be written to the volume that a folder lies on."""
+        return shutil.disk_usage(folder).free
 
     def read_bytes(self, path: Path, max_bytes: int | None = None) -> bytes:
         """Return a regular file's content in memory of our own: never a map of the file.
@@ -81,31 +124,94 @@ class FileSystem:
                 size += len(piece)
         return size, sha.hexdigest()
 
+    def holds(self, path: Path, content: Content) -> bool:
+        """Tell whether a file reads back as a content, every byte and none more."""
+        buffer = np.empty(_CHUNK, np.uint8)
+        with path.open("rb") as file:
+            for piece in pieces_of(content):
+                expected = np.frombuffer(piece, np.uint8)
+                for start in range(0, len(expected), _CHUNK):
+                    part = expected[start : start + _CHUNK]
+                    got = buffer[: len(part)]
+                    if file.readinto(got.data) != len(part) or not np.array_equal(got, part):
+                        return False
+            return not file.read(1)
+
+    @contextmanager
+    def locked(self, path: Path, *, wait: bool = True, create: bool = False) -> Iterator[bool]:
+        """Hold a folder or file within the block against everybody else who asks; a lock goes with its process.
+
+        Args:
+            path: What to hold.
+            wait: Until it is free; else the block is told at once that it is not.
+            create: Make an empty file there first, where there is nothing.
+
+        Yields:
+            Whether it is held. It is not where the file system knows no locks.
+        """
+        handle = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held = True
+            except OSError:
+                held = False
+            yield held
+        finally:
+            os.close(handle)
+
+    def scratch(self, folder: Path, size: int) -> mmap.mmap:
+        """Return the bytes of a new file that has no name and is gone with the process; writes cannot meet a full disk.
+
+        Raises:
+            OSError: If there is no room for it.
+        """
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return mmap.mmap(file.fileno(), size)
+
+    # Changes: each is one operation of the disk.
+
+    def open_new(self, path: Path) -> int:
+        """Make an empty file that must not exist, and open it for writing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def open_again(self, path: Path) -> int:
+        """Open a file that exists for writing, its content kept."""
+        return os.open(path, os.O_RDWR)
+
+    def truncate(self, handle: int, size: int) -> None:
+        """Cut an open file to a size, and go on writing at its end."""
+        os.ftruncate(handle, size)
+        os.lseek(handle, size, os.SEEK_SET)
+
+    def write(self, handle: int, data: memoryview) -> int:
+        """Write bytes, perhaps not all of them; return how many."""
+        return os.write(handle, data)
+
+    def fsync(self, handle: int) -> None:
+        """Wait until an open file's content, or an open folder's names, are on the disk."""
+        if sys.platform == "darwin":
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # fsync there ends in the disk's own memory
+        else:
+            os.fsync(handle)
+
+    def close(self, handle: int) -> None:
+        """Close what was opened."""
+        os.close(handle)
+
     def make_folder(self, path: Path) -> None:
         """Make a folder; it must not exist."""
         path.mkdir()
-
-    def make_parents(self, path: Path) -> None:
-        """Make a folder with its parents where they do not exist."""
-        path.mkdir(parents=True, exist_ok=True)
-
-    def write_bytes(self, path: Path, data: bytes) -> None:
-        """Write a new file and wait until it is on the disk."""
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def fsync_file(self, path: Path) -> None:
-        """Wait until a file that somebody else wrote is on the disk."""
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
 
     def fsync_folder(self, path: Path) -> None:
         """Wait until the names in a folder are on the disk."""
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            self.fsync(handle)
         finally:
             os.close(handle)
 
@@ -113,12 +219,65 @@ class FileSystem:
         """Give a file or folder another name in one step."""
         source.rename(target)
 
+    def unlink(self, path: Path) -> None:
+        """Remove a file or a link."""
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder."""
+        path.rmdir()
+
+    # Made of them.
+
+    def make_parents(self, path: Path) -> None:
+        """Make a folder with its parents where they do not exist, and wait until their names are on the disk."""
+        if self.is_folder(path):
+            return
+        self.make_parents(path.parent)
+        with suppress(FileExistsError):  # another process may make it at this moment
+            self.make_folder(path)
+        self.fsync_folder(path.parent)
+
+    def write_bytes(self, path: Path, content: Content) -> None:
+        """Write a new file and wait until it is on the disk."""
+        handle = self.open_new(path)
+        try:
+            self._write_all(handle, content)
+            self.fsync(handle)
+        finally:
+            self.close(handle)
+
+    def append_bytes(self, path: Path, content: Content, size: int) -> None:
+        """Write behind the first `size` bytes of a file, without waiting for the disk; what stood there goes."""
+        handle = self.open_again(path) if self.exists(path) else self.open_new(path)
+        try:
+            self.truncate(handle, size)
+            self._write_all(handle, content)
+        finally:
+            self.close(handle)
+
+    def fsync_file(self, path: Path) -> None:
+        """Wait until the content of a file is on the disk."""
+        handle = self.open_again(path)
+        try:
+            self.fsync(handle)
+        finally:
+            self.close(handle)
+
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder with all that is in it, or a link or file."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        """Remove a folder with all that is in it, or a link or file; what others remove meanwhile is no error."""
+        with suppress(FileNotFoundError):
+            if not self.is_folder(path) or path.is_symlink():
+                self.unlink(path)
+                return
+            for name in self.list_folder(path):
+                self.remove_tree(path / name)
+            self.remove_folder(path)
+
+    def _write_all(self, handle: int, content: Content) -> None:
+        for piece in pieces_of(content):
+            while piece:
+                piece = piece[self.write(handle, piece) :]
 
 
 REAL = FileSystem()

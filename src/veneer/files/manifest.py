@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import DamagedArtefactError
-from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.filesystem import REAL, Content, FileSystem, pieces_of
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.names import did_you_mean
 
@@ -63,14 +63,18 @@ def is_safe_name(name: str) -> bool:
     return all(part not in ("", ".", "..") for part in parts) and not re.search(r'[\x00-\x1f\\:*?"<>|]', name)
 
 
-def record_bytes(data: bytes) -> FileRecord:
+def record_content(content: Content) -> FileRecord:
     """Return the size and hash of a file's content.
 
     Example:
-        >>> record_bytes(b"").bytes
-        0
+        >>> record_content([b"a", b"bc"]).bytes
+        3
     """
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    sha, size = hashlib.sha256(), 0
+    for piece in pieces_of(content):
+        sha.update(piece)
+        size += len(piece)
+    return FileRecord(size, sha.hexdigest())
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -187,7 +191,7 @@ def read_verified(
             if record is None:
                 problems.append(_not_vouched_for(name, manifest))
             else:
-                problems += _differences(name, record, record_bytes(data))
+                problems += _differences(name, record, record_content(data))
         _refuse(folder, problems)
     return content, manifest
 

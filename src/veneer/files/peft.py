@@ -16,7 +16,7 @@ from veneer.adapter import Adapter, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, ConfigError, DamagedArtefactError
 from veneer.files.commit import Manifest, commit_folder
-from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.filesystem import REAL, FileSystem, Pieces
 from veneer.files.patterns import divisor, resolve
 from veneer.files.peft_config import config_from_peft, config_to_peft
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG, PREFIX, TENSORS, read_folder
@@ -25,7 +25,7 @@ from veneer.files.peft_layout import Placed, owner_of, place_factors, read_pair,
 from veneer.files.peft_tokens import METHOD as TOKENS_ALONE
 from veneer.files.peft_tokens import read_rows_alone, rows_alone, write_rows_alone
 from veneer.files.strict_json import dump_json, parse_json
-from veneer.files.tensors import MAX_FILE, dump_tensors, parse_tensors
+from veneer.files.tensors import MAX_FILE, non_finite, parse_tensors, tensor_pieces
 from veneer.names import matches_suffix
 from veneer.ops.sample import sample_digest
 
@@ -38,7 +38,7 @@ _CLOSE = 1e-12
 
 
 def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, bytes]:
-    """Return the files of an adapter by name; equal adapters give equal bytes.
+    """Return the files of an adapter by name; equal adapters give equal bytes, which read back as the same adapter.
 
     Args:
         adapter: The adapter.
@@ -53,17 +53,32 @@ def adapter_to_files(adapter: Adapter, *, card: str | None = None) -> dict[str, 
         >>> sorted(adapter_to_files(Adapter({"layers.0.q_proj": pair}, LoRAConfig(rank=2))))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    pieces = adapter_pieces(adapter, card=card)
+    files = {name: b"".join(content) for name, content in pieces.items()}
+    # What cannot be read back the same is not written: odd names, for one, or a weight that is not finite.
+    again = adapter_from_files(files, "the adapter as written", _notes(adapter))
+    if again.digest != adapter.digest:
+        raise AdapterError("the adapter would not be read back the same from PEFT's layout; please report this")
+    return files
+
+
+def adapter_pieces(adapter: Adapter, *, card: str | None = None) -> dict[str, Pieces]:
+    """Return what `adapter_to_files` does without a copy of the tensors, and without reading it back.
+
+    For an adapter whose like was proved before: the same run's, with other values.
+
+    Raises:
+        AdapterError: If PEFT's layout cannot hold it, what it holds and its settings disagree, or it is not finite.
+    """
     problems = trained_problems(adapter.config, set(adapter.modules), adapter.trained, adapter.metadata.task_type)
     if problems:
         raise AdapterError("the adapter's settings do not say what it holds", problems)
     raw, named = write_rows_alone(adapter) if rows_alone(adapter) else (config_to_peft(adapter), _tensors(adapter))
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in named.items()}
-    files = {CONFIG: dump_json(raw), TENSORS: dump_tensors(tensors)}
-    # What cannot be read back the same is not written: odd names, for one, or a weight that is not finite.
-    again = adapter_from_files(files, "the adapter as written", _notes(adapter))
-    if again.digest != adapter.digest:
-        raise AdapterError("the adapter would not be read back the same from PEFT's layout; please report this")
-    return files if card is None else files | {CARD: card.encode()}
+    if problems := non_finite(tensors):
+        raise AdapterError("the adapter is not finite", problems)
+    files: dict[str, Pieces] = {CONFIG: [dump_json(raw)], TENSORS: tensor_pieces(tensors)}
+    return files if card is None else files | {CARD: [card.encode()]}
 
 
 def adapter_from_files(files: Mapping[str, bytes], where: str, notes: Mapping[str, Any] | None = None) -> Adapter:
@@ -200,9 +215,9 @@ def _modules(
             problems.append(f"{path}: the manifest's scaling {scaling!r} is not the configuration's {derived!r}")
             continue
         try:
-            pair = with_changes(read_pair(one, tensors, rank, version), scaling=scaling)
+            pair = read_pair(one, tensors, rank, version)
             if not _is_filler(pair):
-                modules[path] = with_changes(pair, frozen_rank=known["frozen"].get(path, 0))
+                modules[path] = with_changes(pair, scaling=scaling, frozen_rank=known["frozen"].get(path, 0))
         except AdapterError as error:
             problems += error.problems or [f"{path}: {error.message}"]
     return modules

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from veneer.errors import AdapterError
-from veneer.files.commit import Manifest, readable_folder
+from veneer.files.commit import Manifest, read_steadily
 from veneer.files.filesystem import FileSystem
 from veneer.files.manifest import read_verified
 from veneer.names import did_you_mean
@@ -29,7 +29,10 @@ def read_folder(folder: str | Path, *, max_bytes: int, fs: FileSystem) -> tuple[
         AdapterError: If there is no such folder, a file is missing or cannot be read.
         DamagedArtefactError: If it has a manifest and does not match it.
     """
-    found = readable_folder(folder, fs=fs)
+    return read_steadily(folder, lambda found: _read(found, str(folder), max_bytes, fs), fs=fs)
+
+
+def _read(found: Path, folder: str, max_bytes: int, fs: FileSystem) -> tuple[dict[str, bytes], Manifest | None]:
     if not fs.is_folder(found):
         raise AdapterError(f"{folder}: expected an adapter's folder, found none")
     present = fs.list_folder(found)

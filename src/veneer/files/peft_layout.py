@@ -278,9 +278,11 @@ def _leaves(owner: str, config: LoRAConfig) -> list[str]:
 
 def _targets_parameters(owner: str, found: Mapping[str, Keys], config: LoRAConfig) -> bool:
     """Tell whether the factors of a path are those of a parameter named in `target_parameters`."""
+    if not config.target_parameters or owner not in found:
+        return False  # as nearly always; what follows looks through all targets
     entries: Sequence[str] = config.target_modules if isinstance(config.target_modules, tuple) else ()
     is_layer = any(matches_suffix(owner, entry) for entry in entries) or f"{owner}{_OUT_PROJ}" in found
-    return bool(_leaves(owner, config)) and not is_layer and not found[owner].is_embedding if owner in found else False
+    return bool(_leaves(owner, config)) and not is_layer and not found[owner].is_embedding
 
 
 def _plain_form(keys: Keys, tensors: Mapping[str, Tensor], transposed: bool) -> str:

@@ -1,29 +1,31 @@
 """Checkpoints: what a run needs to go on as if it had never stopped.
 
 A checkpoint folder holds the adapter in PEFT's layout, so that it can be used as it is, and beside it the optimiser's
-moments, the random state and a few counters. The order of the rows needs no state: it is a function of the seed.
+moments and a few counters. The order of the rows and all that is drawn at random need no state: both are functions of
+the seed and the step.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
-from veneer.errors import DamagedArtefactError, OutputError, VeneerError
-from veneer.files.commit import commit_folder, verify_folder
-from veneer.files.filesystem import REAL
-from veneer.files.peft import adapter_to_files, load_adapter
+from veneer.errors import DamagedArtefactError, OutputError
+from veneer.files.filesystem import REAL, Content, FileSystem
+from veneer.files.peft import adapter_pieces, adapter_to_files, load_adapter
 from veneer.files.strict_json import dump_json, parse_json
-from veneer.files.tensors import dump_tensors, read_tensors
+from veneer.files.tensors import read_tensors, tensor_pieces
 from veneer.nn.attach import Attachment
 from veneer.nn.slots import Slot
+from veneer.train.keeping import commit_checkpoint, step_of, try_checkpoint
 from veneer.train.optimizer import FlatAdamW
+from veneer.train.trend import Trend
 
-_NAME = re.compile(r"step-(\d{6,})")
-_STATE, _TENSORS, _RANDOM = "state.json", "optimizer.safetensors", "random_state"
+_STATE, _TENSORS = "state.json", "optimizer.safetensors"
 
 
 @dataclass
@@ -32,87 +34,93 @@ class TrainState:
 
     Args:
         step: Optimiser steps done.
+        evaluated: The step after which the last evaluation was done; -1 before the first.
         tokens: Tokens seen.
         seconds: Seconds spent in steps.
-        best_eval_loss: Lowest evaluation loss so far.
+        loss: Training loss of the last step.
+        eval_loss_before: Evaluation loss before the first step.
+        eval_loss: Evaluation loss of the last evaluation.
+        best_eval_loss: Lowest evaluation loss after a step.
         stale_evaluations: Evaluations since then.
+        token_limit: Most tokens of a micro-batch, where memory did not suffice for the configured budget.
+        trend: The course of the training loss.
+        spikes: Steps whose loss lay far above it.
+        inexact: Why the run is not the one that was begun: what it was gone on with by force.
     """
 
     step: int = 0
+    evaluated: int = -1
     tokens: int = 0
     seconds: float = 0.0
+    loss: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss: float | None = None
     best_eval_loss: float | None = None
     stale_evaluations: int = 0
+    token_limit: int | None = None
+    trend: Trend = field(default_factory=Trend)
+    spikes: list[int] = field(default_factory=list)
+    inexact: list[str] = field(default_factory=list)
 
 
 def save_checkpoint(
-    folder: Path, adapter: Adapter, optimizer: FlatAdamW, state: TrainState, random_state: Tensor, keep: int
+    folder: Path, adapter: Adapter, optimizer: FlatAdamW, state: TrainState, keep: int, *, fs: FileSystem = REAL
 ) -> Path:
-    """Commit a checkpoint of a step; then remove all but the newest ones.
+    """Commit a checkpoint of a step, read it back, and only then remove all but the newest ones.
 
     Args:
         folder: The run's `checkpoints` folder.
         adapter: The adapter as it is.
         optimizer: Gives the moments.
         state: Where the run is.
-        random_state: Of torch's CPU generator, before the next step.
-        keep: How many stay.
+        keep: How many stay, at least two.
+        fs: Where it lies.
 
     Raises:
         OutputError: If it cannot be written; older checkpoints stand.
+        DamagedArtefactError: If the disk does not give back what was written; older checkpoints stand.
+
+    Cost:
+        benchmarks/results/checkpoint.json.
     """
-    target = folder / f"step-{state.step:06d}"
-    files = adapter_to_files(adapter)
-    files[_STATE] = dump_json(asdict(state))
-    files[_TENSORS] = dump_tensors({**optimizer.state(), _RANDOM: random_state})
-    commit_folder(target, files, kind="checkpoint", notes={"adapter": adapter.digest, "step": state.step}, replace=True)
-    for old in checkpoints(folder)[:-keep]:
-        REAL.remove_tree(old)
-    return target
+    files: dict[str, Content] = {**adapter_pieces(adapter), _STATE: dump_json(asdict(state))}
+    files[_TENSORS] = tensor_pieces(optimizer.state())
+    with ThreadPoolExecutor(1) as hashing:  # beside the writing, in memory
+        digest = hashing.submit(lambda: adapter.digest)
+
+        def notes() -> dict[str, Any]:
+            return {"adapter": digest.result(), "exact": not state.inexact}
+
+        return commit_checkpoint(folder, state.step, files, notes, keep, fs=fs)
 
 
-def forget_checkpoints_after(folder: Path, step: int) -> None:
-    """Remove checkpoints behind a step: damaged ones that were passed over, whose steps will be done again."""
-    for path in checkpoints(folder):
-        if int(path.name.partition("-")[2]) > step:
-            REAL.remove_tree(path)
+def check_room(folder: Path, adapter: Adapter, keep: int, *, fs: FileSystem = REAL) -> None:
+    """Prove before the first step that checkpoints of an adapter can be written, by writing one as large.
+
+    Raises:
+        OutputError: If there is no room, or the disk refuses.
+        DamagedArtefactError: If the disk does not give back what was written.
+    """
+    tensors = {f"{name}.{moment}": one for name, one in adapter.tensors().items() for moment in ("first", "second")}
+    try_checkpoint(folder, {**adapter_to_files(adapter), _TENSORS: tensor_pieces(tensors)}, keep, fs=fs)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that its manifest vouches for, and a line for each newer one that is damaged."""
-    damaged = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            if verify_folder(path) is None:
-                raise DamagedArtefactError(f"{path} has no MANIFEST.json")
-        except VeneerError as error:
-            damaged.append(str(error))
-        else:
-            return path, damaged
-    return None, damaged
-
-
-def load_checkpoint(path: Path, attachment: Attachment, optimizer: FlatAdamW) -> tuple[TrainState, Tensor]:
+def load_checkpoint(path: Path, attachment: Attachment, optimizer: FlatAdamW) -> TrainState:
     """Put a checkpoint's values into an attached adapter and its optimiser, in place.
 
     The adapter began as the checkpoint's did: what is fixed (ranks, parts, scalings) is checked, what trains and the
     frozen halves of a compensated start are taken from the checkpoint, bit for bit.
 
     Returns:
-        Where the run was, and the random state to go on with.
+        Where the run was.
 
     Raises:
         OutputError: If its parameters are not those of the attached adapter.
+        DamagedArtefactError: If a counter or a moment is missing, of another kind, or not known.
     """
-    state = TrainState(**parse_json((path / _STATE).read_bytes(), str(path / _STATE), error=DamagedArtefactError))
+    state = _read_state(path / _STATE)
+    if state.step != step_of(path):
+        raise DamagedArtefactError(f"{path / _STATE}: expected step {step_of(path)}, got {state.step}")
     adapter = load_adapter(path)
     saved, slots = adapter.tensors(), {target.path: attachment.slot(target) for target in attachment.targets}
     in_slots = {f"{one}.{name}": each for one, slot in slots.items() for name, each in slot.pair().tensors().items()}
@@ -124,11 +132,35 @@ def load_checkpoint(path: Path, attachment: Attachment, optimizer: FlatAdamW) ->
         _take(slot, adapter.modules[module])
     for name, parameter in others.items():
         parameter.data.copy_(saved[name])
-    moments = read_tensors(path / _TENSORS)
-    random_state = moments.pop(_RANDOM)
-    if moments:
-        optimizer.load_state(moments, state.step)
-    return state, random_state
+    optimizer.load_state(read_tensors(path / _TENSORS, finite=False), state.step)
+    return state
+
+
+def _read_state(path: Path) -> TrainState:
+    """Read the counters; all of them must be there, and of their kind."""
+    try:
+        data = REAL.read_bytes(path)
+    except OSError as error:
+        raise DamagedArtefactError(f"{path} cannot be read: {error}") from None
+    raw = parse_json(data, str(path), error=DamagedArtefactError)
+    _check_fields(TrainState, raw, str(path))
+    _check_fields(Trend, raw["trend"], f"{path}: trend")
+    return TrainState(**{**raw, "trend": Trend(**raw["trend"])})
+
+
+def _check_fields(kind: type[TrainState | Trend], raw: Any, where: str) -> None:
+    expected: dict[str, Any] = {one.name: one.type for one in fields(kind)}
+    if not isinstance(raw, dict):
+        raise DamagedArtefactError(f"{where}: expected an object of {', '.join(expected)}")
+    problems = [f"{name}: missing" for name in expected if name not in raw]
+    problems += [f"{name}: not known" for name in raw if name not in expected]
+    accepted: dict[Any, Any] = {Trend: dict, list[int]: list, list[str]: list}
+    for name, value in raw.items():
+        of: Any = accepted.get(expected.get(name), expected.get(name, object))
+        if isinstance(value, bool) or not isinstance(value, of):
+            problems.append(f"{name}: {value!r} is of another kind")
+    if problems:
+        raise DamagedArtefactError(f"{where}: cannot be gone on from", problems)
 
 
 def _differences(attached: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:

@@ -8,10 +8,7 @@ Shapes: T tokens of all rows, D hidden.
 """
 
 import logging
-import mmap
 import os
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,6 +23,7 @@ from veneer.config import TrainConfig
 from veneer.data.batches import Step, make_batch, pack
 from veneer.data.encode import EncodedRow
 from veneer.errors import BaseModelError, OutputError
+from veneer.files.filesystem import REAL
 from veneer.scoring.loss import Recall
 from veneer.train.prepare import PreparedData
 
@@ -166,23 +164,13 @@ def _room(where: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) 
     if where == "memory" or (where == "auto" and size <= free_memory_bytes() // _SHARE):
         return torch.empty(shape, dtype=dtype)  # pages are taken when they are written
     try:
-        return _mapped(size, folder).view(dtype).view(shape)
+        return torch.frombuffer(REAL.scratch(folder, size), dtype=torch.uint8).view(dtype).view(shape)
     except OSError as error:
         line = f"{_megabytes(size)} for the states below the adapter cannot be had in {folder}: {error}"
         if where == "disk":
             raise OutputError(f"{line}; make room, or set train.cache_prefix: off") from None
         log.info("%s; all layers are run in every epoch", line)
         return None
-
-
-def _mapped(size: int, folder: Path) -> Tensor:
-    """Return the bytes of a new file that has no name; writing to them cannot meet a full disk."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if sys.platform == "linux":
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 
 def _why_none(num_layers: int) -> str:

@@ -1,7 +1,9 @@
 """What a run leaves for people: a picture of its losses, and a model card."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,20 @@ from matplotlib.figure import Figure
 
 from veneer.adapter import Adapter, LowRank
 from veneer.config import RunConfig
+from veneer.errors import OutputError
 from veneer.factors import cut_ranks
+from veneer.files.commit import commit_file
 from veneer.train.folder import PICTURE
 from veneer.train.prepare import PreparedData
 
+log = logging.getLogger("veneer")
+
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Draw `loss.png` from the lines of `metrics.jsonl`; nothing where there is no step yet."""
+    """Draw `loss.png` from the lines of `metrics.jsonl`; nothing where there is no step yet.
+
+    A disk that refuses is reported and no more: a picture is no reason to lose a run.
+    """
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not steps:
@@ -32,7 +41,12 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(folder / PICTURE, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    try:
+        commit_file(folder / PICTURE, picture.getvalue())
+    except OutputError as error:
+        log.warning("%s", error)
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -65,7 +79,12 @@ def _is_zero(pair: LowRank) -> bool:
 
 
 def model_card(
-    adapter: Adapter, run: RunConfig, data: PreparedData, eval_loss_before: float | None, eval_loss: float | None
+    adapter: Adapter,
+    run: RunConfig,
+    data: PreparedData,
+    eval_loss_before: float | None,
+    eval_loss: float | None,
+    inexact: Sequence[str] = (),
 ) -> str:
     """Return the README of an adapter: what it is, what it was made of, how well it does, how to use it."""
     share = f"{adapter.num_parameters:,} parameters, {adapter.num_bytes:,} bytes, rank {adapter.config.rank}"
@@ -76,6 +95,10 @@ def model_card(
             f"Loss on the {len(data.eval.rows) if data.eval else 0:,} evaluation rows: "
             f"{eval_loss_before:.4f} before, {eval_loss:.4f} after (nats per supervised token)."
         )
+    exact = "".join(f"- {line}\n" for line in inexact)
+    if exact:
+        exact = f"\nexact: false. The run was gone on with under other conditions than it began with:\n\n{exact}"
+    facts = "".join(f"\n- {line}" for line in data.facts.lines)
     settings = "\n".join(f"    {key}: {json.dumps(value)}" for key, value in run.train.model_dump(mode="json").items())
     return f"""---
 base_model: {json.dumps(adapter.metadata.base)}
@@ -98,7 +121,8 @@ tags: [lora, veneer]
 {data.train.num_supervised:,} supervised; {len(data.bad):,} rows left out. SHA-256 of the training file:
 `{data.digests["train"]}`. Base fingerprint: `{adapter.metadata.base_fingerprint}`; its linear layers were stored
 {run.storage}. Seed {run.seed}.
-
+{facts}
+{exact}
 {settings}
 
 ## Use
