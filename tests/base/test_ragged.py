@@ -115,6 +115,31 @@ def test_sizes_that_disagree_are_refused():
             RaggedBatch(ids, marks, lengths, slots)
 
 
+def test_a_sequence_continues_only_what_it_can():
+    ids, marks = torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.bool)
+    for prefixes, slots, reason in (
+        ((None,), None, "disagree"),
+        ((0, None, None), None, "sequence 0 continues 0"),
+        ((1, None, None), None, "sequence 0 continues 1"),
+        ((None, -1, None), None, "sequence 1 continues -1"),
+        ((None, 0, 1), None, "sequence 2 continues 1"),
+        ((None, 0, None), (0, None, 0), "another slot"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            RaggedBatch(ids, marks, (2, 2, 1), slots, prefixes)
+    with pytest.raises(ValueError, match="supervised in a sequence that others continue"):
+        RaggedBatch(ids, marks.clone().index_fill_(0, torch.tensor([1]), True), (2, 2, 1), None, (None, 0, None))
+
+
+def test_expanding_a_batch_gives_whole_sequences():
+    ids, marks = torch.arange(6), torch.tensor([False, False, True, False, False, True])
+    whole = RaggedBatch(ids, marks, (2, 1, 1, 2), (0, 0, 0, None), (None, 0, 0, None)).expanded()
+    assert whole.token_ids.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
+    assert whole.supervised.tolist() == [False, False, True, False, False, False, False, True]
+    assert (whole.lengths, whole.slots, whole.prefixes) == ((3, 3, 2), (0, 0, None), None)
+    assert whole.expanded().token_ids.tolist() == whole.token_ids.tolist()
+
+
 def test_each_sequence_goes_through_the_slot_that_the_batch_names(tiny):
     model, batch = tiny(), batch_of()
     base = ragged_logits(model, batch)

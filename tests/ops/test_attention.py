@@ -46,6 +46,55 @@ def test_equals_the_reference_of_each_sequence(lengths, heads, window, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@st.composite
+def trees(draw):
+    """Lengths, and for some sequences an earlier one that they continue, which continues none."""
+    lengths = draw(st.lists(st.integers(1, 90), min_size=2, max_size=6))
+    prefixes, roots = [None], [0]
+    for index in range(1, len(lengths)):
+        prefixes.append(draw(st.sampled_from([None, *roots])))
+        roots += [index] if prefixes[-1] is None else []
+    return lengths, prefixes
+
+
+@settings(max_examples=60)
+@given(
+    trees(),
+    st.sampled_from([(1, 1), (4, 2), (6, 2)]),
+    st.sampled_from([None, 1, 5, 64, 70]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sequences_that_continue_another_equal_whole_ones(tree, heads, window, dtype):
+    lengths, prefixes = tree
+    places = torch.arange(sum(lengths)).split(lengths)
+    befores = [places[prefix] if prefix is not None else places[0][:0] for prefix in prefixes]
+    whole = torch.cat([torch.cat(pair) for pair in zip(befores, places, strict=True)])
+    own = torch.cat([torch.arange(len(p) + len(b)) >= len(b) for b, p in zip(befores, places, strict=True)])
+    sizes = [len(before) + len(part) for before, part in zip(befores, places, strict=True)]
+
+    def expanded(q, k, v):
+        return each_alone(sizes, 0.3, window)(q[whole], k[whole], v[whole])[own]
+
+    given = drawn(sum(lengths), *heads, 4, dtype)
+    expected = results(expanded, *given)
+    got = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=0.3, window=window), *given)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_what_continues_the_same_does_not_feel_each_other():
+    lengths, prefixes, first = (70, 60, 50, 40), (None, 0, 0, 0), slice(70, 130)  # one bucket of the three, padded
+    given = drawn(sum(lengths), 2, 1, 4, torch.float32)
+    calm = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=1.0), *given)
+    for one in given:
+        one[first] = float("nan")
+    felt = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=1.0), *given)
+    for ours, before in zip(felt, calm, strict=True):
+        assert torch.equal(ours[130:], before[130:])
+        assert ours[first].isnan().any()
+    assert torch.equal(felt[0][:70], calm[0][:70])
+
+
 @pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 12, 1 << 30])
 def test_how_it_is_cut_changes_nothing_but_rounding(monkeypatch, bytes_at_a_time):
     lengths = (130, 128, 70)
@@ -69,6 +118,24 @@ def test_large_scores_do_not_overflow():
     got = results(lambda *x: causal_attention(*x, (70,), scaling=1.0), 1e3 * q, k, v, slope)
     assert all(one.isfinite().all() for one in got)
     torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-3, atol=1e-3)
+
+
+@given(trees())
+def test_a_bucket_continues_one_sequence_which_stands_in_a_bucket_before(tree):
+    lengths, prefixes = tree
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    done: set[int] = set()
+    for bucket in buckets_of(*tree):
+        members = {starts.index(int(place)) for place in bucket.places[:, 0]}
+        found = {prefixes[index] for index in members}
+        assert len(found) == 1
+        if (prefix := found.pop()) is None:
+            assert bucket.before is None
+        else:
+            assert (bucket.before.start, bucket.before.stop) == (starts[prefix], starts[prefix + 1])
+            assert prefix in done
+        done |= members
+    assert done == set(range(len(lengths)))
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=30))

@@ -22,6 +22,7 @@ from veneer.base.ragged import (
     routed_segments,
     segments_of,
 )
+from veneer.base.sharing import check_sharing, draws_at_random
 from veneer.errors import BaseModelError
 from veneer.nn.attach import attachment_of
 from veneer.nn.modes import evaluating
@@ -35,14 +36,31 @@ class Way:
     Args:
         fast: By the fast paths; else by the plain reference of each.
         padded: Why batches are padded; empty for ragged rows.
+        alone: Why each row is computed whole; empty where a beginning that rows share may be computed once.
+        drawn: Whether something is drawn at random in training (dropout): then each row draws its own.
+        multiple: Tokens of a ragged forward are filled up to a multiple of so many.
     """
 
     fast: bool = True
     padded: str = ""
+    alone: str = ""
+    drawn: bool = False
+    multiple: int = 1
+
+    def shares(self, *, training: bool) -> bool:
+        """Tell whether a beginning that rows share may be computed once.
+
+        Example:
+            >>> Way().shares(training=True), Way(drawn=True).shares(training=True)
+            (True, False)
+        """
+        return self.fast and not (self.padded or self.alone or (training and self.drawn))
 
 
 def find_way(model: PreTrainedModel, *, fast: bool = True) -> Way:
     """Return how a model takes batches: ragged where that is proved to give what each sequence gives alone.
+
+    Beginnings that rows share are computed once where that is proved too.
 
     Raises:
         BaseModelError: If it can take neither ragged nor padded batches, with both reasons.
@@ -52,7 +70,13 @@ def find_way(model: PreTrainedModel, *, fast: bool = True) -> Way:
     except BaseModelError as error:
         check_padded(model, error.message)
         return Way(fast, padded=error.message)
-    return Way(fast)
+    if not fast:
+        return Way(fast)
+    try:
+        check_sharing(model)
+    except BaseModelError as error:
+        return Way(fast, alone=error.message)
+    return Way(fast, drawn=draws_at_random(model))
 
 
 @contextmanager
@@ -75,11 +99,13 @@ def routed(model: PreTrainedModel, batch: RaggedBatch, way: Way) -> AbstractCont
 def padded_logits(model: PreTrainedModel, batch: RaggedBatch) -> Tensor:
     """Return the model's own logits of a batch, shape (T, V); sequences are padded on the right to the longest.
 
-    Equals, and is tested against, `model(input_ids=sequence).logits` of each sequence alone.
+    Equals, and is tested against, `model(input_ids=sequence).logits` of each sequence alone; none may continue another.
 
     Cost:
         G·S tokens instead of T, with a mask over them, and all of their logits.
     """
+    if batch.prefixes is not None:
+        raise ValueError("padded rows cannot continue each other; expand the batch")
     parts = batch.token_ids.split(batch.lengths)
     ids_GS = pad_sequence(list(parts), batch_first=True)
     mask_GS = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)

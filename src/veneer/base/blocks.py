@@ -85,11 +85,17 @@ class Block:
         return self.layer.get_submodule(name)
 
     def forward(
-        self, hidden_1TD: Tensor, *, position_embeddings: tuple[Tensor, Tensor], sequence_lengths: tuple[int, ...]
+        self,
+        hidden_1TD: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        sequence_lengths: tuple[int, ...],
+        sequence_prefixes: tuple[int | None, ...] | None = None,
     ) -> Tensor:
         """Return what the layer makes of the rows of a ragged batch."""
         x_TD = hidden_1TD[0]
-        out_TD = self._attention(x_TD, position_embeddings, sequence_lengths)
+        sequences = {"sequence_lengths": sequence_lengths, "sequence_prefixes": sequence_prefixes}
+        out_TD = self._attention(x_TD, position_embeddings, sequences)
         x_TD = x_TD + self._normed(out_TD, self.layout.after_attention)
         out_TD = self._mlp(x_TD)
         return (x_TD + self._normed(out_TD, self.layout.after_mlp))[None]
@@ -106,7 +112,7 @@ class Block:
         y_TD = rms_norm(x_TD, self.norms[norm])
         return tuple(module(y_TD) for module in modules)
 
-    def _attention(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
+    def _attention(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], sequences: dict[str, Any]) -> Tensor:
         names = tuple(f"self_attn.{name}" for name in _ATTENTION_PARTS)
         q_THE, k_THE, v_THE = (
             part.unflatten(-1, (-1, self.head_size)) for part in self._projected(x_TD, self.layout.attention, names[:3])
@@ -116,9 +122,7 @@ class Block:
         k_THE = rotate(self._normed(k_THE, "k_norm"), cos_TC, sin_TC)
         q_1HTE, k_1HTE, v_1HTE = (part.transpose(0, 1)[None] for part in (q_THE, k_THE, v_THE))
         attention = self.part("self_attn")
-        out, _ = ragged_attention_forward(
-            attention, q_1HTE, k_1HTE, v_1HTE, None, sequence_lengths=lengths, **self.options
-        )
+        out, _ = ragged_attention_forward(attention, q_1HTE, k_1HTE, v_1HTE, None, **sequences, **self.options)
         out_TD = out[0].flatten(1)
         output = self.part(names[3])
         projection = projection_of(output, out_TD)
@@ -184,9 +188,13 @@ def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *ar
     plain = not args and options.get("past_key_values") is None and options.get("attention_mask") is None
     if not plain or lengths is None or turns is None or torch.is_autocast_enabled(hidden_states.device.type):
         return own_forward(hidden_states, *args, **options)
+    given = {
+        "position_embeddings": turns,
+        "sequence_lengths": lengths,
+        "sequence_prefixes": options.get("sequence_prefixes"),
+    }
     layer = block.layer
     if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
         # In transformers' layers this is a part of `forward`.
-        again = partial(block.forward, position_embeddings=turns, sequence_lengths=lengths)
-        return layer._gradient_checkpointing_func(again, hidden_states)
-    return block.forward(hidden_states, position_embeddings=turns, sequence_lengths=lengths)
+        return layer._gradient_checkpointing_func(partial(block.forward, **given), hidden_states)
+    return block.forward(hidden_states, **given)

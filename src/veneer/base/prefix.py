@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -79,9 +80,11 @@ def prefix_states(model: PreTrainedModel, batch: RaggedBatch, num_layers: int) -
 def tail_hidden_states(model: PreTrainedModel, batch: RaggedBatch, below: PrefixStates) -> Tensor:
     """Return the last hidden states of a ragged batch, shape (T, D), from what its lowest layers gave.
 
-    Equals `hidden_states(model, batch)`. Needs `ragged_attention(model)`.
+    Equals `hidden_states(model, batch)`. Needs `ragged_attention(model)`. Tokens that a batch was filled up with,
+    behind those that `below` knows, get zeros: nothing is asked of them.
     """
-    states_1TD = below.states_TD[None]
+    missing = len(batch.token_ids) - len(below.states_TD)
+    states_1TD = F.pad(below.states_TD, (0, 0, 0, missing))[None]
     *passed, last = decoder_layers(model)[: below.num_layers]
     with _standing_in(passed, _first_argument), _standing_in([last], lambda *_, **__: states_1TD):
         return hidden_states(model, batch)

@@ -3,13 +3,14 @@
 transformers' models let their attention be chosen by name (its `AttentionInterface`). Within
 `ragged_attention(model)` they call ours, which cuts the row at the sequences' borders.
 
-Shapes: T tokens of all sequences, S of one, G sequences of equal length, H heads, E head size, D hidden.
+Shapes: T tokens of all sequences, S of one, P of the one that it continues, L = P + S, G sequences of equal length,
+H heads, E head size, D hidden.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any
 
@@ -29,6 +30,7 @@ ATTENTION = "veneer_ragged"
 PLAIN_ATTENTION = "veneer_ragged_plain"
 _REFUSED = {"softcap": "soft-capped", "s_aux": "sink", "position_bias": "position-biased"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SEQUENCES = {"sequence_lengths", "sequence_prefixes"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class RaggedBatch:
         supervised: Whether a token's loss counts, shape (T,), bool; never for the first of a sequence.
         lengths: Tokens of each sequence, in order; they sum to T.
         slots: Adapter slot of each sequence, None for the base alone; None for "all through the first slot".
+        prefixes: Which earlier sequence each one continues, None for none; None for "none does". What is continued is
+            the beginning of other sequences and nothing by itself: it continues none, and no token of it is supervised.
 
     Raises:
-        ValueError: If the sizes disagree.
+        ValueError: If the sizes disagree, or a sequence continues what it cannot.
 
     Example:
         >>> batch = RaggedBatch(torch.arange(5), torch.tensor([False, True, False, True, True]), (2, 3))
@@ -50,12 +54,17 @@ class RaggedBatch:
         [0, 1, 0, 1, 2]
         >>> [part.tolist() for part in batch.predictions()]
         [[0, 2, 3], [1, 3, 4]]
+        >>> marks = torch.tensor([False, False, False, True, False, True])
+        >>> shared = RaggedBatch(torch.tensor([7, 8, 1, 2, 3, 4]), marks, (2, 2, 2), prefixes=(None, 0, 0))
+        >>> shared.positions.tolist(), shared.expanded().token_ids.tolist()
+        ([0, 1, 2, 3, 2, 3], [7, 8, 1, 2, 7, 8, 3, 4])
     """
 
     token_ids: Tensor
     supervised: Tensor
     lengths: tuple[int, ...]
     slots: tuple[int | None, ...] | None = None
+    prefixes: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         tokens = self.token_ids.shape[0]
@@ -63,11 +72,69 @@ class RaggedBatch:
             raise ValueError(f"{tokens} tokens, {self.supervised.shape[0]} marks and lengths {self.lengths} disagree")
         if self.slots is not None and len(self.slots) != len(self.lengths):
             raise ValueError(f"{len(self.lengths)} sequences and {len(self.slots)} slots disagree")
+        if self.prefixes is not None:
+            self._check_prefixes(self.prefixes)
+
+    def _check_prefixes(self, prefixes: tuple[int | None, ...]) -> None:
+        if len(prefixes) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} sequences and {len(prefixes)} prefixes disagree")
+        for index, prefix in enumerate(prefixes):
+            if prefix is None:
+                continue
+            if not 0 <= prefix < index or prefixes[prefix] is not None:
+                raise ValueError(f"sequence {index} continues {prefix}, expected an earlier one that continues none")
+            if self.slots is not None and self.slots[index] != self.slots[prefix]:
+                raise ValueError(f"sequence {index} continues {prefix}, which goes through another slot")
+        marks = self.supervised.split(self.lengths)
+        if any(bool(marks[prefix].any()) for prefix in set(prefixes) - {None}):
+            raise ValueError("a token is supervised in a sequence that others continue")
 
     @property
     def positions(self) -> Tensor:
-        """Place of each token in its sequence, shape (T,)."""
-        return torch.cat([torch.arange(length) for length in self.lengths])
+        """Place of each token in its sequence, behind the one that it continues, shape (T,)."""
+        starts = [0 if prefix is None else self.lengths[prefix] for prefix in self._prefixes()]
+        return torch.cat([torch.arange(length) + start for length, start in zip(self.lengths, starts, strict=True)])
+
+    def filled(self, multiple: int) -> "RaggedBatch":
+        """Return the batch with a last sequence of no meaning, so that its tokens are a multiple of a number.
+
+        Example:
+            >>> batch = RaggedBatch(torch.arange(5), torch.zeros(5, dtype=torch.bool), (2, 3))
+            >>> batch.filled(4).lengths, batch.filled(5) is batch
+            ((2, 3, 3), True)
+        """
+        size = -len(self.token_ids) % multiple
+        if not size:
+            return self
+        return RaggedBatch(
+            torch.cat([self.token_ids, self.token_ids.new_zeros(size)]),
+            torch.cat([self.supervised, self.supervised.new_zeros(size)]),
+            (*self.lengths, size),
+            None if self.slots is None else (*self.slots, self.slots[-1]),
+            None if self.prefixes is None else (*self.prefixes, None),
+        )
+
+    def expanded(self) -> "RaggedBatch":
+        """Return the same sequences, each whole and by itself: the plain reference of those that continue another."""
+        own = self.expanded_places()
+        places = torch.cat(own)
+        slots = None if self.slots is None else tuple(self.slots[index] for index in self._rows())
+        lengths = tuple(len(part) for part in own)
+        return RaggedBatch(self.token_ids[places], self.supervised[places], lengths, slots)
+
+    def expanded_places(self) -> list[Tensor]:
+        """Return where the tokens of each whole sequence stand in this batch."""
+        places = torch.arange(len(self.token_ids)).split(self.lengths)
+        prefixes = self._prefixes()
+        befores = [() if (prefix := prefixes[index]) is None else (places[prefix],) for index in self._rows()]
+        return [torch.cat([*before, places[index]]) for index, before in zip(self._rows(), befores, strict=True)]
+
+    def _prefixes(self) -> tuple[int | None, ...]:
+        return (None,) * len(self.lengths) if self.prefixes is None else self.prefixes
+
+    def _rows(self) -> list[int]:
+        """Return the sequences that stand for themselves: those that none continues."""
+        return [index for index in range(len(self.lengths)) if index not in set(self._prefixes())]
 
     def segments(self) -> tuple[Segment, ...] | None:
         """Return the runs of tokens of one slot, or None where the batch does not say.
@@ -115,20 +182,21 @@ def ragged_attention_forward(
     """Causal attention within each sequence of a ragged row; transformers calls it.
 
     Equals scaled dot-product attention of each sequence alone: by `ops.attention.causal_attention` on a CPU, by
-    torch's kernels on other devices, in 16 bits and with dropout. Key and value heads are not repeated for grouped
-    queries. What a layer asks for is noted in `seen_options`, a dict by module, where a caller gives one.
+    torch's kernels on other devices, in 16 bits and with dropout (there with a mask for sequences that continue
+    another, whose keys and values stand before their own). Key and value heads are not repeated for grouped queries.
+    What a layer asks for is noted in `seen_options`, a dict by module, where a caller gives one.
 
     Raises:
         BaseModelError: If the lengths did not arrive, or the model asks for a kind of attention not written here.
     """
-    lengths = _lengths(module, scaling, options)
+    lengths, prefixes = _sequences(module, scaling, options)
     window = options.get("sliding_window")
     if not dropout and query_1HTE.device.type == "cpu" and query_1HTE.dtype.itemsize >= 4:
         scaling = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
         q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
-        return causal_attention(q_THE, k_TKE, v_TKE, lengths, scaling=scaling, window=window)[None], None
+        return causal_attention(q_THE, k_TKE, v_TKE, lengths, prefixes, scaling=scaling, window=window)[None], None
     parts = (query_1HTE, key_1HTE, value_1HTE)
-    return _attention_by_runs(*parts, lengths, dropout=dropout, scaling=scaling, window=window)[None], None
+    return _attention_by_runs(*parts, lengths, prefixes, dropout=dropout, scaling=scaling, window=window)[None], None
 
 
 def plain_attention_forward(
@@ -146,23 +214,26 @@ def plain_attention_forward(
     Raises:
         BaseModelError: As there.
     """
-    lengths = _lengths(module, scaling, options)
+    lengths, prefixes = _sequences(module, scaling, options)
     window = options.get("sliding_window")
     parts = (query_1HTE, key_1HTE, value_1HTE)
-    return _attention_by_runs(*parts, lengths, dropout=dropout, scaling=scaling, window=window)[None], None
+    return _attention_by_runs(*parts, lengths, prefixes, dropout=dropout, scaling=scaling, window=window)[None], None
 
 
-def _lengths(module: nn.Module, scaling: float | None, options: dict[str, Any]) -> Sequence[int]:
-    """Return the lengths of the sequences; note what the layer asks for, and refuse what is not written here."""
+Prefixes = Sequence[int | None] | None
+
+
+def _sequences(module: nn.Module, scaling: float | None, options: dict[str, Any]) -> tuple[Sequence[int], Prefixes]:
+    """Return lengths and prefixes; note what the layer asks for, and refuse what is not written here."""
     lengths: Sequence[int] | None = options.get("sequence_lengths")
     if lengths is None:
         raise BaseModelError(f"{type(module).__name__} does not pass options on to its attention: no ragged batches")
     if (seen := options.pop("seen_options", None)) is not None:
-        seen[module] = {"scaling": scaling, **{name: options[name] for name in options if name != "sequence_lengths"}}
+        seen[module] = {"scaling": scaling, **{name: options[name] for name in options if name not in _SEQUENCES}}
     for option, word in _REFUSED.items():
         if options.get(option) is not None:
             raise BaseModelError(f"{type(module).__name__} uses {word} attention, which ragged batches do not support")
-    return lengths
+    return lengths, options.get("sequence_prefixes")
 
 
 def _attention_by_runs(
@@ -170,28 +241,39 @@ def _attention_by_runs(
     key_1HTE: Tensor,
     value_1HTE: Tensor,
     lengths: Sequence[int],
+    prefixes: Prefixes = None,
     *,
     dropout: float,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """Return attention by torch's kernels, shape (T, H, E), runs of sequences of equal length together."""
+    starts = [0, *accumulate(lengths)]
     outputs, start = [], 0
-    for length, run in groupby(lengths):
+    for (length, prefix), run in groupby(zip(lengths, prefixes or [None] * len(lengths), strict=True)):
         count = len(list(run))
         rows = slice(start, start + count * length)
         q_GHSE, k_GHSE, v_GHSE = (
             part[0, :, rows].unflatten(1, (count, length)).transpose(0, 1)
             for part in (query_1HTE, key_1HTE, value_1HTE)
         )
-        mask_SS = _window_mask(length, window, q_GHSE.device) if window is not None and length > window else None
+        before = 0
+        if prefix is not None:
+            rows = slice(starts[prefix], starts[prefix + 1])
+            before = rows.stop - rows.start
+            k_GHSE, v_GHSE = (
+                torch.cat([whole[:, :, rows].expand(count, -1, -1, -1), own], dim=2)
+                for whole, own in ((key_1HTE, k_GHSE), (value_1HTE, v_GHSE))
+            )
+        masked = before or (window is not None and length > window)
+        mask_SL = _mask(length, before, window, q_GHSE.device) if masked else None
         out_GHSE = F.scaled_dot_product_attention(
             q_GHSE,
             k_GHSE,
             v_GHSE,
-            attn_mask=mask_SS,
+            attn_mask=mask_SL,
             dropout_p=dropout,
-            is_causal=mask_SS is None,
+            is_causal=mask_SL is None,
             scale=scaling,
             enable_gqa=q_GHSE.shape[1] != k_GHSE.shape[1],
         )
@@ -200,11 +282,11 @@ def _attention_by_runs(
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Return which keys a query sees, shape (S, S): itself and the `window - 1` before it."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) & (distance < window)
+def _mask(length: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys a query sees, shape (S, L): itself and the `window - 1` before it, or all before it."""
+    place = torch.arange(before + length, device=device)
+    distance = place[before:, None] - place[None, :]
+    return (distance >= 0) & (distance < (window or before + length))
 
 
 AttentionInterface.register(ATTENTION, ragged_attention_forward)  # rows in transformers' own registry
@@ -231,6 +313,8 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
     if model.config._attn_implementation not in (ATTENTION, PLAIN_ATTENTION):
         raise BaseModelError(f"{type(model).__name__} got a ragged batch outside of ragged_attention(model)")
     segments = routed_segments(model, batch)
+    if batch.prefixes is not None:
+        options["sequence_prefixes"] = batch.prefixes
     with nullcontext() if segments is None else attachment_of(model).routing.using(segments):
         out = model.get_decoder()(
             input_ids=batch.token_ids[None].to(model.device),
@@ -243,9 +327,15 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
 
 
 def routed_segments(model: PreTrainedModel, batch: RaggedBatch) -> tuple[Segment, ...] | None:
-    """Return the segments that a batch goes through, or None where all of it goes through one slot."""
+    """Return the segments that a batch goes through, or None where all of it goes through one slot.
+
+    Raises:
+        BaseModelError: If sequences that continue another may begin with an invocation: it is looked for in whole ones.
+    """
     invocation = invocation_of(model)
     if batch.slots is None and invocation:
+        if batch.prefixes is not None:
+            raise BaseModelError("an activated adapter is not called in sequences that continue another; expand them")
         return ragged_segments([part.tolist() for part in batch.token_ids.split(batch.lengths)], invocation)
     return batch.segments()
 

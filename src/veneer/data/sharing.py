@@ -45,6 +45,7 @@ def shared_groups(rows: Sequence[EncodedRow]) -> list[Group]:
         Sorting, and (number of rows)² / 2 elements of numpy's arithmetic.
 
     Example:
+        >>> import torch
         >>> marks = torch.tensor([False] * 40 + [True])
         >>> row = EncodedRow("a:1", torch.arange(41, dtype=torch.int32), marks)
         >>> shared_groups([row, row])
@@ -62,6 +63,7 @@ def make_shared_batch(rows: Sequence[EncodedRow]) -> RaggedBatch:
     Where nothing is shared it is `make_batch(rows)`. Its `expanded()` has the same rows, perhaps in another order.
 
     Example:
+        >>> import torch
         >>> row = EncodedRow("a:1", torch.arange(41, dtype=torch.int32), torch.tensor([False] * 40 + [True]))
         >>> batch = make_shared_batch([row, row])
         >>> batch.lengths, batch.prefixes

@@ -6,6 +6,7 @@ Shapes: N supervised tokens, C a chunk of them, D hidden, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,6 +14,9 @@ from veneer.ops.product import product
 
 CHUNK_BYTES = 64 << 20
 """Size of the logits of one chunk where vocabularies are small."""
+
+FILL = 32
+"""Rows of a product with a head are a multiple of so many: oneDNN builds and keeps a kernel for each number of them."""
 
 CHUNK_ROWS = 256
 """The fewest rows of a chunk: with less, products lose speed (measured: 64 rows 90 GFLOP/s, 256 rows 176)."""
@@ -39,17 +43,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = chunk_rows(W_VD.shape[0], x_ND.element_size())
         for start in range(0, x_ND.shape[0], step):
             rows = slice(start, start + step)
-            logits_CV = product(x_ND[rows], W_VD, bias_V).to(loss.dtype)
-            target_C1 = targets_N[rows, None]
-            target_logit_C1 = logits_CV.gather(1, target_C1)
+            x_CD, targets_C1 = x_ND[rows], targets_N[rows, None]
+            count = len(x_CD)
+            logits_CV = product(_filled(x_CD), W_VD, bias_V).to(loss.dtype)
+            target_logit_C1 = logits_CV[:count].gather(1, targets_C1)
             # A row less its maximum stays what it is, and its exponential can be taken in place.
             top_C1 = logits_CV.amax(1, keepdim=True)
             probability_CV = logits_CV.sub_(top_C1).exp_()
             total_C1 = probability_CV.sum(1, keepdim=True)
-            loss += (total_C1.log() + top_C1 - target_logit_C1).sum()
+            loss += ((total_C1.log() + top_C1)[:count] - target_logit_C1).sum()
             if dx_ND is not None:
-                probability_CV.div_(total_C1).scatter_add_(1, target_C1, -torch.ones_like(total_C1))
-                dx_ND[rows] = product(probability_CV.to(W_VD.dtype), W_VD.T)
+                probability_CV.div_(total_C1)
+                probability_CV[:count].scatter_add_(1, targets_C1, -torch.ones_like(target_logit_C1))
+                dx_ND[rows] = product(probability_CV.to(W_VD.dtype), W_VD.T)[:count]
             del logits_CV, probability_CV  # or two chunks of them exist while the next one is made
         ctx.save_for_backward(*([dx_ND] if dx_ND is not None else []))
         return loss
@@ -59,6 +65,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         return (saved[0] * dloss if saved else None), None, None, None
+
+
+def _filled(x_CD: Tensor) -> Tensor:
+    """Return rows followed by zeros up to a multiple of `FILL` on a CPU."""
+    missing = -len(x_CD) % FILL if x_CD.device.type == "cpu" else 0
+    return F.pad(x_CD, (0, 0, 0, missing)) if missing else x_CD
 
 
 def linear_cross_entropy(x_ND: Tensor, W_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:

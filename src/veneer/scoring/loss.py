@@ -54,7 +54,8 @@ def summed_loss(
         with routed(model, batch, way):
             logits_TV = padded_logits(model, batch)
         return F.cross_entropy(logits_TV[places].float(), targets, reduction="sum")
-    hidden_TD = hidden_states(model, batch) if below is None else tail_hidden_states(model, batch, below)
+    filled = batch.filled(way.multiple)
+    hidden_TD = hidden_states(model, filled) if below is None else tail_hidden_states(model, filled, below)
     hidden = hidden_TD[places]
     head = model.get_output_embeddings()
     if not way.fast:
