@@ -13,13 +13,13 @@ from veneer.config import TrainConfig
 from veneer.data.batches import Step, pack
 from veneer.data.encode import EncodedRow
 from veneer.train.optimizer import FlatAdamW
-from veneer.train.step import train_step
+from veneer.train.step import StepLoss, step_gradient
 from veneer.train.ways import computing
 
 sys.path.insert(0, str(Path(__file__).parent))
 from turns import Turns, work
 
-StepFunction = Callable[[Step], dict[str, Any]]
+StepFunction = Callable[[Step], StepLoss]
 
 
 @contextmanager
@@ -36,9 +36,10 @@ def stepping(
     optimizer = FlatAdamW(attachment.parameters(), weight_decay=0.0, max_grad_norm=task["max_grad_norm"])
     with computing(model, settings) as way:
 
-        def step(micro_batches: Step) -> dict[str, Any]:
-            rate = task["learning_rate"]
-            return train_step(model, optimizer, rows, micro_batches, rate, check=lambda: None, way=way)
+        def step(micro_batches: Step) -> StepLoss:
+            found = step_gradient(model, rows, micro_batches, begin=lambda _: None, way=way)
+            optimizer.step(task["learning_rate"])
+            return found
 
         yield step
 
@@ -64,7 +65,7 @@ def contend(turns: Turns, task: dict[str, Any], options: dict[str, Any]) -> None
             for one in micro_batches:
                 turns.wait()
                 figures = step(one)
-                turns.done(figures["loss"], figures["supervised_tokens"])
+                turns.done(figures.loss, figures.supervised)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
     ├── MissingDependencyError  an optional package is not installed      (also ImportError)
     ├── AttachError             attach or detach was called out of turn   (also RuntimeError)
     ├── NonFiniteError          training met NaN or infinity              (also ArithmeticError)
+    ├── NotEnoughMemoryError    not even a single row fits into memory    (also MemoryError)
     └── InterruptedRunError     a run was stopped and left in good order  (also RuntimeError)
 
 Every error says what was expected, what came, where, and what to do. `problems` holds one line for
@@ -18,7 +19,6 @@ each thing that is wrong, so that a caller sees them all at once.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 
 class VeneerError(Exception):
@@ -33,7 +33,7 @@ class VeneerError(Exception):
         '2 rows are wrong\n  - a.jsonl:1: empty\n  - a.jsonl:7: not JSON'
     """
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.message = message
@@ -87,7 +87,25 @@ class NonFiniteError(VeneerError, ArithmeticError):
     exit_code = 1
 
 
-class InterruptedRunError(VeneerError, RuntimeError):
-    """A run was stopped by the user after its state was committed."""
+class NotEnoughMemoryError(VeneerError, MemoryError):
+    """Memory does not suffice, and nothing more can be cut; no update was applied in part."""
 
-    exit_code = 130
+    exit_code = 1
+
+
+class InterruptedRunError(VeneerError, RuntimeError):
+    """A run was stopped by a signal after its state was committed.
+
+    Args:
+        message: One sentence.
+        problems: One line for each single problem.
+        exit_code: What a shell shows for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = (), exit_code: int = 130) -> None:
+        super().__init__(message, problems)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...], int]]:  # type: ignore[override]
+        """Pickle by parts, so that errors cross process borders whole."""
+        return type(self), (self.message, self.problems, self.exit_code)

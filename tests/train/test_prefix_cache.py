@@ -12,6 +12,7 @@ import veneer
 from veneer.base.ragged import ragged_attention
 from veneer.data.encode import EncodedRow
 from veneer.errors import BaseModelError, InterruptedRunError, OutputError
+from veneer.files.filesystem import FileSystem
 from veneer.nn.attach import attach
 from veneer.train import prefix_cache
 from veneer.train.interrupt import StopFlag
@@ -39,13 +40,10 @@ def test_results_are_those_without_a_cache(make_run, dropout):
     }
     for place, result in results.items():
         folder = Path(result.folder)
-        # To the last bit within the first epoch; later ones meet rows computed in other batches than theirs.
+        # States are computed in forwards of other sizes than the layers above them: last bits may differ.
         ours, theirs = without_times(lines(folder)), without_times(lines(results["off"].folder))
-        first = sum(line["epoch"] <= 1 for line in theirs)
-        assert ours[:first] == theirs[:first], place
-        assert [line.get("loss", 0) for line in ours] == pytest.approx(
-            [line.get("loss", 0) for line in theirs], rel=1e-5
-        )
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, rel=1e-4), place
         assert {path.name for path in folder.iterdir()} == {
             *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter")
         }
@@ -63,7 +61,7 @@ def test_stopped_anywhere_and_resumed_a_run_ends_with_the_same_bytes(make_run, m
     asked = []
 
     def check(self) -> None:
-        asked.append(None)
+        asked.extend([None] * self.began)
         if len(asked) == instant * 3:
             self.ask(2, None)
         original(self)
@@ -79,7 +77,8 @@ def test_stopped_anywhere_and_resumed_a_run_ends_with_the_same_bytes(make_run, m
 
 
 @pytest.mark.parametrize(("place", "epochs", "evaluations"), [("auto", 1, 1), ("off", 3, 4)])
-def test_layers_below_run_once_a_row(make_run, tiny_base, tmp_path, place, epochs, evaluations):
+def test_layers_below_run_once_a_row(make_run, tiny_base, tmp_path, monkeypatch, place, epochs, evaluations):
+    monkeypatch.setattr("veneer.train.ways.FILL", 1)
     config = make_run(epochs=3, cache_prefix=place)
     model, tokenizer = veneer.load_base(str(tiny_base))
     attach(model, veneer.LoRAConfig(rank=2, **TOP))
@@ -95,12 +94,12 @@ def test_layers_below_run_once_a_row(make_run, tiny_base, tmp_path, place, epoch
 
 def test_a_file_is_used_where_memory_is_short(make_run, monkeypatch, caplog):
     made = []
-    original = prefix_cache._mapped
-    monkeypatch.setattr(prefix_cache, "_mapped", lambda *asked: made.append(asked) or original(*asked))
+    original = FileSystem.scratch
+    monkeypatch.setattr(FileSystem, "scratch", lambda *asked: made.append(asked[1:]) or original(*asked))
     monkeypatch.setattr(prefix_cache, "free_memory_bytes", lambda: 1000)
     config = make_run(adapter=TOP)
     run(config)
-    [(size, folder)] = made
+    [(folder, size)] = made
     assert folder == Path(config.out)
     assert size % (32 * 4) == 0
     assert (

@@ -187,8 +187,8 @@ def test_layers_that_got_no_gradient_are_named(make_run, caplog, monkeypatch):
         layer.slot(0).lora_B.requires_grad_(False)
         return original(model, *rest)
 
-    original = loop.train_step.__globals__["summed_loss"]
-    monkeypatch.setitem(loop.train_step.__globals__, "summed_loss", deaf)
+    original = loop.step_gradient.__globals__["summed_loss"]
+    monkeypatch.setitem(loop.step_gradient.__globals__, "summed_loss", deaf)
     result = run(make_run(max_steps=2))
     assert result.untrained == ("model.layers.0.self_attn.q_proj",)
     assert not result.never_trained

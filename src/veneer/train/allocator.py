@@ -45,7 +45,17 @@ def kept_memory() -> Iterator[bool]:
         yield True
     finally:
         _set(libc, _DEFAULTS)
-        libc.malloc_trim(0)
+        give_back()
+
+
+def give_back() -> None:
+    """Let freed memory go back to the system now, kept or not: what asks the system itself would miss it.
+
+    Example:
+        >>> give_back()
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(libc: ctypes.CDLL, options: dict[int, int]) -> None:

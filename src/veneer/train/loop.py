@@ -1,105 +1,46 @@
 """The training loop, from the first row to the committed adapter."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapter import Adapter
-from veneer.base.batching import Way, find_way
+from veneer.base.batching import find_way
 from veneer.config import RunConfig, TrainConfig
 from veneer.data.batches import Step, epoch_steps
 from veneer.data.encode import EncodedRows
-from veneer.errors import InterruptedRunError, NonFiniteError, OutputError
-from veneer.files.peft import adapter_to_files, load_adapter, save_adapter
+from veneer.errors import InterruptedRunError, NonFiniteError, NotEnoughMemoryError
+from veneer.files.peft import adapter_to_files, save_adapter
 from veneer.nn.attach import Attachment, attachment_of, current_adapter
-from veneer.scoring.loss import evaluate_loss
-from veneer.train.checkpoint import (
-    TrainState,
-    checkpoints,
-    forget_checkpoints_after,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
-from veneer.train.folder import ADAPTER, CHECKPOINTS, Metrics
-from veneer.train.interrupt import StopFlag, StopRequested, stop_flag
+from veneer.scoring.loss import Loss, evaluate_loss
+from veneer.train.checkpoint import TrainState, check_room, load_checkpoint
+from veneer.train.finish import BEST, TrainResult, finish
+from veneer.train.folder import CHECKPOINTS, Metrics
+from veneer.train.interrupt import StopFlag, stop_behind
+from veneer.train.keeping import forget_checkpoints_after, newest_checkpoint
+from veneer.train.memory import DoesNotFit, cut, is_out_of_memory, release_memory
 from veneer.train.optimizer import FlatAdamW, check_one_dtype
-from veneer.train.prefix_cache import Recalls, prefix_caches
+from veneer.train.prefix_cache import prefix_caches
 from veneer.train.prepare import PreparedData
 from veneer.train.progress import Progress, progress_bar
-from veneer.train.report import draw_losses, model_card, untrained
+from veneer.train.randomness import draw_from, own_generators
+from veneer.train.report import draw_losses
+from veneer.train.running import Running, position_of
 from veneer.train.schedule import learning_rate
-from veneer.train.step import peak_rss_bytes, train_step
+from veneer.train.step import StepLoss, peak_rss_bytes, step_gradient
 from veneer.train.ways import computing
+
+__all__ = ["TrainResult", "check_trainable", "train_adapter"]
 
 log = logging.getLogger("veneer")
 
-BEST = "best"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Args:
-        adapter: The adapter as it was saved.
-        folder: The run folder.
-        steps: Optimiser steps done.
-        loss: Training loss of the last step.
-        eval_loss_before: Evaluation loss before the first step, None without evaluation rows.
-        eval_loss: Evaluation loss of the adapter.
-        tokens: Tokens trained on.
-        seconds: Seconds spent in steps.
-        peak_rss_bytes: Most memory that the process held.
-        bad_rows: "file:line: what is wrong" for every row left out.
-        untrained: Paths of the layers whose update is still zero, as it began; all of them where nothing trained.
-    """
-
-    adapter: Adapter
-    folder: Path
-    steps: int
-    loss: float
-    eval_loss_before: float | None
-    eval_loss: float | None
-    tokens: int
-    seconds: float
-    peak_rss_bytes: int
-    bad_rows: tuple[str, ...]
-    untrained: tuple[str, ...] = ()
-
-    @property
-    def never_trained(self) -> bool:
-        """Whether no layer has been changed by the training."""
-        return bool(self.untrained) and len(self.untrained) == len(self.adapter.modules)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens trained on per second spent in steps."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class _Run:
-    """The parts of a run that its functions share; every one of them is named in `train_adapter`."""
-
-    model: PreTrainedModel
-    data: PreparedData
-    config: RunConfig
-    folder: Path
-    metrics: Metrics
-    optimizer: FlatAdamW
-    state: TrainState
-    stop: StopFlag
-    progress: Progress
-    recalls: Recalls = field(default_factory=Recalls)
-    way: Way = field(default_factory=Way)
+Found = TypeVar("Found")
 
 
 def check_trainable(model: PreTrainedModel) -> None:
@@ -115,7 +56,14 @@ def check_trainable(model: PreTrainedModel) -> None:
     adapter_to_files(current_adapter(model))
 
 
-def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig, folder: Path) -> TrainResult:
+def train_adapter(
+    model: PreTrainedModel,
+    data: PreparedData,
+    config: RunConfig,
+    folder: Path,
+    stop: StopFlag,
+    inexact: list[str],
+) -> TrainResult:
     """Train the attached adapter, from where the run folder stands, and commit it.
 
     Args:
@@ -123,37 +71,74 @@ def train_adapter(model: PreTrainedModel, data: PreparedData, config: RunConfig,
         data: The run's rows.
         config: The run.
         folder: The run folder; its newest sound checkpoint is gone on from.
+        stop: Whether the run was asked to stop.
+        inexact: Why the run is not the one that was begun.
 
     Raises:
         NonFiniteError: If loss or gradient are not finite; checkpoints stand, nothing was updated.
+        NotEnoughMemoryError: If a single row does not fit into memory.
         InterruptedRunError: If the run was asked to stop; a checkpoint was committed.
     """
     schedule = list(_schedule(data.train, config.train, config.seed))
-    attachment = attachment_of(model)
-    optimizer = _optimizer(attachment, config.train)
-    metrics = Metrics(folder)
-    with _own_random_state(config.seed), stop_flag() as stop, progress_bar(len(schedule)) as progress:
-        state = TrainState()
-        newest, damaged = newest_checkpoint(folder / CHECKPOINTS)
-        for line in damaged:
-            log.warning("a damaged checkpoint is passed over: %s", line)
-        if newest is not None:
-            state, random_state = load_checkpoint(newest, attachment, optimizer)
-            torch.set_rng_state(random_state)
-            log.info("going on from %s", newest)
-        forget_checkpoints_after(folder / CHECKPOINTS, state.step)
-        metrics.forget_after(state.step if newest is not None else -1)
-        run = _Run(model, data, config, folder, metrics, optimizer, state, stop, progress)
+    with own_generators(), progress_bar(len(schedule)) as progress:
+        run = _go_on(model, data, config, folder, schedule, stop, progress)
+        run.state.inexact = inexact
         model.train()
         try:
             with computing(model, config.train) as run.way:
-                if state.step < len(schedule) and not run.way.padded:
-                    run.recalls = prefix_caches(model, data, [step for _, step in schedule], config.train, folder)
-                _all_steps(run, schedule)
+                if run.state.step < len(schedule) and not run.way.padded:
+                    steps = [step for _, step in schedule]
+                    run.recalls = prefix_caches(model, data, steps, config.train, folder)
+                _all_steps(run)
+            model.eval()
+            result = finish(run)
+            _draw(run)
+        except NonFiniteError as error:
+            _draw(run)
+            raise _with_rows(run, error) from None
+        except BaseException as error:
+            request = stop_behind(error, stop)
+            if request is None:
+                raise
+            log.warning("%s: committing; once more to leave at once", request)
+            run.commit()
+            _draw(run)
+            raise InterruptedRunError(
+                f"stopped by {request} after step {run.state.step} of {len(schedule)}; {folder} is in good order, "
+                "go on with --resume",
+                exit_code=request.exit_code,
+            ) from None
         finally:
             model.eval()
-            draw_losses(metrics.read(), folder)
-    return _finish(run)
+            run.optimizer.zero_grad()
+    return result
+
+
+def _go_on(
+    model: PreTrainedModel,
+    data: PreparedData,
+    config: RunConfig,
+    folder: Path,
+    schedule: list[tuple[float, Step]],
+    stop: StopFlag,
+    progress: Progress,
+) -> Running:
+    """Return the run as its newest sound checkpoint left it, or as it begins; forget what lies behind that."""
+    attachment = attachment_of(model)
+    optimizer, state, metrics = _optimizer(attachment, config.train), TrainState(), Metrics(folder)
+    newest, damaged = newest_checkpoint(folder / CHECKPOINTS)
+    for line in damaged:
+        log.warning("a damaged checkpoint is passed over: %s", line)
+    if newest is not None:
+        state = load_checkpoint(newest, attachment, optimizer)
+        log.info("going on from %s", newest)
+    with stop.held():
+        forget_checkpoints_after(folder / CHECKPOINTS, state.step if newest is not None else -1)
+        metrics.forget_after(state.step, state.evaluated)
+    if newest is None:
+        check_room(folder / CHECKPOINTS, current_adapter(model), config.train.keep_checkpoints)
+    saved = position_of(state)
+    return Running(model, data, config, folder, schedule, metrics, optimizer, state, saved, stop, progress)
 
 
 def _trainable(attachment: Attachment) -> dict[str, nn.Parameter]:
@@ -176,136 +161,162 @@ def _optimizer(attachment: Attachment, settings: TrainConfig) -> FlatAdamW:
     )
 
 
-def _all_steps(run: _Run, schedule: list[tuple[float, Step]]) -> None:
-    """Do the steps that are left, with evaluations and checkpoints in between."""
+def _all_steps(run: Running) -> None:
+    """Do what is left: before each step the evaluation and the checkpoint that are due after the one before."""
     state, settings = run.state, run.config.train
-    random_state = torch.get_rng_state()
-    if _is_out_of_patience(run):
-        return  # a run that stopped early is finished
-    try:
-        if state.step == 0:
-            _evaluate(run, epoch=0.0)
-        for number, (epoch, step) in enumerate(schedule[state.step :], start=state.step + 1):
-            random_state = torch.get_rng_state()
-            run.stop.check()
-            rate = learning_rate(settings, number, len(schedule))
-            figures = train_step(
-                *(run.model, run.optimizer, run.data.train.rows, step, rate, run.stop.check),
-                recall=run.recalls.train,
-                way=run.way,
-            )
-            random_state = torch.get_rng_state()
-            if number == 1 and figures["grad_norm"] == 0:
-                log.warning("step 1: no gradient reaches the adapter; unless that changes, nothing will be trained")
-            state.step = number
-            state.tokens += figures["tokens"]
-            state.seconds += figures.pop("seconds")
-            line = {"step": number, "epoch": round(epoch, 4), **figures}
-            run.metrics.write(line)
-            run.progress.step(line)
-            last = number == len(schedule)
-            due = number % settings.eval_every == 0 if settings.eval_every else epoch.is_integer()
-            if due or last:
-                _evaluate(run, epoch)
-                if _is_out_of_patience(run):
-                    log.info("stopped early after step %d: no better evaluation in %d", number, settings.patience)
-                    last = True
-            if last or number % settings.checkpoint_every == 0:
-                _checkpoint(run, random_state)
-            if last:
-                break
-    except StopRequested as request:
-        run.optimizer.zero_grad()
-        if state.step and not _is_saved(run):
-            _checkpoint(run, random_state)
-        raise InterruptedRunError(
-            f"stopped by {request} after step {state.step} of {len(schedule)}; {run.folder} is in good order, "
-            "go on with --resume"
-        ) from None
-    except NonFiniteError as error:
-        rows = run.data.train.rows
-        sources = [rows[index].source for micro in schedule[state.step][1] for index in micro]
-        raise NonFiniteError(
-            f"step {state.step + 1}: {error.message}; the update was not applied, checkpoints stand in {run.folder}",
-            error.problems or sources,
-        ) from None
+    while True:
+        epoch = run.schedule[state.step - 1][0] if state.step else 0.0
+        last = state.step == len(run.schedule)
+        due = state.step % settings.eval_every == 0 if settings.eval_every else epoch.is_integer()
+        if (due or last) and state.evaluated < state.step and not _is_out_of_patience(run):
+            _evaluate(run, epoch)
+        if _is_out_of_patience(run) and not last:
+            log.info("stopped early after step %d: no better evaluation in %d", state.step, settings.patience)
+            last = True
+        if last or (state.step and state.step % settings.checkpoint_every == 0):
+            with run.stop.held():
+                run.commit()
+        if last:
+            return
+        _step(run)
 
 
-def _evaluate(run: _Run, epoch: float) -> None:
+def _step(run: Running) -> None:
+    """Do the next step: its gradient, which may be asked to stop, and the update with all that is counted."""
+    state, rows = run.state, run.data.train.rows
+    epoch, planned = run.schedule[state.step]
+    start = time.perf_counter()
+
+    def gradient() -> StepLoss:
+        step = cut(planned, run.lengths, state.token_limit)
+        begin = partial(_begin, run, state.step + 1)
+        return step_gradient(run.model, rows, step, begin, recall=run.recalls.train, way=run.way)
+
+    found = _fitting(run, gradient)
+    with run.stop.held():
+        number = state.step + 1
+        rate = learning_rate(run.config.train, number, len(run.schedule))
+        norm = run.optimizer.step(rate)
+        seconds = time.perf_counter() - start
+        line: dict[str, Any] = {
+            "step": number,
+            "epoch": round(epoch, 4),
+            "loss": found.loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": found.tokens,
+            "supervised_tokens": found.supervised,
+            "tokens_per_second": found.tokens / seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        if cut(planned, run.lengths, state.token_limit) != planned:
+            line["cut_to_tokens"] = state.token_limit
+        if state.trend.is_spike(found.loss):
+            sources = [rows[index].source for micro in planned for index in micro]
+            line["spike"] = {"deviations": round(state.trend.deviation(found.loss), 1), "rows": sources}
+            state.spikes.append(number)
+        if number == 1 and norm == 0:
+            log.warning("step 1: no gradient reaches the adapter; unless that changes, nothing will be trained")
+        state.step, state.loss = number, found.loss
+        state.tokens += found.tokens
+        state.seconds += seconds
+        state.trend = state.trend.after(found.loss)
+        run.metrics.write(line)
+        run.progress.step(line)
+
+
+def _begin(run: Running, number: int, place: int) -> None:
+    """Begin a micro-batch of a step."""
+    run.stop.check()
+    draw_from(run.config.seed, number, place)
+
+
+def _evaluate(run: Running, epoch: float) -> None:
     """Evaluate where there are rows to, and remember the best."""
     if run.data.eval is None:
         return
-    state, patience = run.state, run.config.train.patience
-    settings = run.config.train
-    loss = evaluate_loss(
-        *(run.model, run.data.eval.rows),
-        tokens_per_batch=settings.tokens_per_micro_batch,
-        recall=run.recalls.eval,
-        way=run.way,
-    )
-    run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
-    run.progress.evaluated(loss.mean)
-    if state.step == 0:
-        return  # the adapter's start, to compare with; the best is sought among trained ones
-    if state.best_eval_loss is None or loss.mean < state.best_eval_loss:
-        state.best_eval_loss, state.stale_evaluations = loss.mean, 0
-        if patience is not None:
-            save_adapter(current_adapter(run.model), run.folder / CHECKPOINTS / BEST, replace=True)
-    else:
-        state.stale_evaluations += 1
+    state, settings, rows = run.state, run.config.train, run.data.eval.rows
+
+    def measure() -> Loss:
+        budget = min(settings.tokens_per_micro_batch, state.token_limit or settings.tokens_per_micro_batch)
+        recall, check = run.recalls.eval, run.stop.check
+        try:
+            return evaluate_loss(run.model, rows, tokens_per_batch=budget, recall=recall, way=run.way, check=check)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = max(len(row.token_ids) for row in rows)
+            smaller = budget // 2 if budget > longest else None
+            raise DoesNotFit(f"an evaluation in batches of {budget:,} tokens", smaller, str(error)) from None
+
+    loss = _fitting(run, measure)
+    with run.stop.held():
+        state.evaluated, state.eval_loss = state.step, loss.mean
+        if state.step == 0:  # the adapter's start, to compare with; the best is sought among trained ones
+            state.eval_loss_before = loss.mean
+        elif state.best_eval_loss is None or loss.mean < state.best_eval_loss:
+            state.best_eval_loss, state.stale_evaluations = loss.mean, 0
+            if settings.patience is not None:
+                save_adapter(current_adapter(run.model), run.folder / CHECKPOINTS / BEST, replace=True)
+        else:
+            state.stale_evaluations += 1
+        run.metrics.write({"step": state.step, "epoch": round(epoch, 4), "eval_loss": loss.mean})
+        run.progress.evaluated(loss.mean)
 
 
-def _is_out_of_patience(run: _Run) -> bool:
+def _fitting(run: Running, attempt: Callable[[], Found]) -> Found:
+    """Return what an attempt gives; where memory does not suffice, attempt it anew with smaller micro-batches."""
+    while True:
+        try:
+            return attempt()
+        except DoesNotFit as error:
+            failed = (error.what, error.smaller, error.said, error.rows)
+        # Here the exception is gone, and with it every tensor that its frames held.
+        what, smaller, said, sources = failed
+        run.optimizer.zero_grad()
+        release_memory()
+        if smaller is None:
+            raise NotEnoughMemoryError(
+                f"step {run.state.step + 1}: memory does not suffice for {what}, and it cannot be cut: {said}; set "
+                f"train.checkpoint_activations, a smaller train.max_length, or storage: nf4; checkpoints stand in "
+                f"{run.folder}",
+                sources,
+            )
+        log.warning("memory does not suffice for %s; cut to %s tokens from here on: %s", what, f"{smaller:,}", said)
+        with run.stop.held():
+            run.state.token_limit = smaller
+            run.commit()  # before anything depends on it
+
+
+def _is_out_of_patience(run: Running) -> bool:
     patience = run.config.train.patience
     return patience is not None and run.state.stale_evaluations >= patience
 
 
-def _checkpoint(run: _Run, random_state: Tensor) -> None:
-    folder, keep = run.folder / CHECKPOINTS, run.config.train.keep_checkpoints
-    save_checkpoint(folder, current_adapter(run.model), run.optimizer, run.state, random_state, keep)
-
-
-def _is_saved(run: _Run) -> bool:
-    saved = checkpoints(run.folder / CHECKPOINTS)
-    return bool(saved) and saved[-1].name == f"step-{run.state.step:06d}"
-
-
-def _finish(run: _Run) -> TrainResult:
-    """Commit the adapter: the last one, or the best one where the run was told to be patient."""
-    lines = run.metrics.read()
-    best = run.folder / CHECKPOINTS / BEST
-    take_best = run.config.train.patience is not None
-    adapter = load_adapter(best) if take_best else current_adapter(run.model)
-    last = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
-    if last is None:
-        raise OutputError(f"{run.metrics.path} holds no step: it was removed or damaged; put it back, or start anew")
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    result = TrainResult(
-        adapter=adapter,
-        folder=run.folder,
-        steps=run.state.step,
-        loss=last,
-        eval_loss_before=evaluations[0] if evaluations else None,
-        eval_loss=(run.state.best_eval_loss if take_best else evaluations[-1]) if evaluations else None,
-        tokens=run.state.tokens,
-        seconds=run.state.seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        bad_rows=run.data.bad,
-        untrained=untrained(adapter),
+def _with_rows(run: Running, error: NonFiniteError) -> NonFiniteError:
+    """Return the error with the step, and with the rows of it beside the tensors."""
+    rows = run.data.train.rows
+    problems = list(error.problems)
+    sources = [rows[index].source for micro in run.schedule[run.state.step][1] for index in micro]
+    if not set(problems) & set(sources):  # those of the micro-batch are named where it is known
+        problems += sources
+    return NonFiniteError(
+        f"step {run.state.step + 1}: {error.message}; the update was not applied, checkpoints stand in {run.folder}",
+        problems,
     )
-    if result.never_trained:
-        log.warning("never trained: every layer's update is still zero, as it began")
-    elif result.untrained:
-        layers = ", ".join(result.untrained[:5])
-        log.warning("%d of %d layers never trained: %s", len(result.untrained), len(adapter.modules), layers)
-    card = model_card(adapter, run.config, run.data, result.eval_loss_before, result.eval_loss)
-    save_adapter(adapter, run.folder / ADAPTER, card=card, replace=True)
-    return result
+
+
+def _draw(run: Running) -> None:
+    """Draw the picture; one that cannot be drawn stops nothing."""
+    try:
+        draw_losses(run.metrics.read(), run.folder)
+    except (OSError, ValueError) as error:
+        log.warning("the picture of the losses could not be drawn: %s", error)
 
 
 def _schedule(rows: EncodedRows, config: TrainConfig, seed: int) -> Iterator[tuple[float, Step]]:
     """Yield every step of the run, with the epochs that are done after it."""
-    lengths = [len(row.token_ids) for row in rows.rows]
+    lengths = [int(length) for length in rows.lengths]
     steps = (
         (epoch + (place + 1) / len(of_epoch), step)
         for epoch in range(config.epochs)
@@ -321,11 +332,3 @@ def _schedule(rows: EncodedRows, config: TrainConfig, seed: int) -> Iterator[tup
         for place, step in enumerate(of_epoch)
     )
     return islice(steps, config.max_steps)
-
-
-@contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
-    """Draw from a generator seeded for the run within the block; the caller's random state is as before."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

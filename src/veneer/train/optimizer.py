@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, NonFiniteError
+from veneer.errors import ConfigError, DamagedArtefactError, NonFiniteError
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -93,10 +93,8 @@ class FlatAdamW:
         """
         norm = torch.linalg.vector_norm(self._gradient).item()
         if not norm < float("inf"):
-            raise NonFiniteError(
-                "the gradient is not finite; the update was not applied",
-                [name for name, view in self._views(self._gradient).items() if not view.isfinite().all()],
-            )
+            bad = [name for name, view in self._views(self._gradient).items() if not view.isfinite().all()]
+            raise NonFiniteError("the gradient is not finite", bad or ["all tensors are, but not their norm"])
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             self._gradient.mul_(self._max_grad_norm / (norm + 1e-6))
         for group, run in zip(self._inner.param_groups, self._runs, strict=True):
@@ -110,18 +108,35 @@ class FlatAdamW:
         self._gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the two moments of every parameter, as `NAME.exp_avg` and `NAME.exp_avg_sq`; nothing before step 1."""
+        """Return the two moments of every parameter, as `NAME.exp_avg` and `NAME.exp_avg_sq`; nothing before step 1.
+
+        They may be the memory in use: the next step changes them.
+        """
         moments: dict[str, Tensor] = {}
         for moment in _MOMENTS:
             held = [self._inner.state[run.values].get(moment) for run in self._runs]
             if any(one is None for one in held):
                 continue
-            moments |= {f"{name}.{moment}": view for name, view in self._views(torch.cat(held)).items()}
+            flat = torch.cat(held) if len(held) > 1 else held[0]  # the memory itself, where there is one run
+            moments |= {f"{name}.{moment}": view for name, view in self._views(flat).items()}
         return moments
 
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Take up the moments that `state` returned after a number of steps."""
-        for run in self._runs:
+        """Take up the moments that `state` returned after a number of steps.
+
+        Raises:
+            DamagedArtefactError: If one is missing, of another shape, or not known.
+        """
+        shapes = {f"{name}.{moment}": one.shape for moment in _MOMENTS for name, one in self._parameters.items()}
+        expected, found = shapes if steps else {}, {name: one.shape for name, one in state.items()}
+        problems = [
+            f"{name}: expected {list(expected.get(name, ())) or None}, saved {list(found.get(name, ())) or None}"
+            for name in dict.fromkeys([*expected, *found])
+            if expected.get(name) != found.get(name)
+        ]
+        if problems:
+            raise DamagedArtefactError("the moments are not those of what trains", problems)
+        for run in self._runs if steps else ():
             inner, device = self._inner.state[run.values], run.values.device
             inner["step"] = torch.tensor(float(steps), device=device)
             for moment in _MOMENTS:

@@ -1,11 +1,10 @@
 """Whole runs: from a configuration, or for a model that has an adapter attached already."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
-import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,52 +14,57 @@ from veneer.base.load import load_config, load_model, load_tokenizer, num_positi
 from veneer.base.source import Source, find_source
 from veneer.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from veneer.data.encode import EncodedRow, template_digest
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError, InterruptedRunError
 from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
 from veneer.storage.int8 import Int8Linear
 from veneer.storage.nf4 import NF4Linear
 from veneer.train.folder import Existing, begin_run_folder, check_run_folder
 from veneer.train.initialise import Seen, check_initialisation, needs_look, observe
+from veneer.train.interrupt import StopFlag, stop_behind, stop_flag
 from veneer.train.loop import TrainResult, check_trainable, train_adapter
+from veneer.train.made_with import made_with
 from veneer.train.prepare import PreparedData, prepare_data, read_data
 
 log = logging.getLogger("veneer")
 
-_MAY_CHANGE: dict[str, Any] = {"out": True, "train": {"checkpoint_every", "keep_checkpoints"}}
 
-
-def run(config: RunConfig, *, existing: Existing = "refuse") -> TrainResult:
+def run(config: RunConfig, *, existing: Existing = "refuse", force: bool = False) -> TrainResult:
     """Train an adapter as a run file says: check settings, folder and rows, load the base, attach, train, commit.
 
     Args:
         config: The run.
         existing: What to do where the run folder exists.
+        force: Resume although settings, rows, base or versions have changed; the run folder and the model card say so.
 
     Raises:
         VeneerError: Of the kind that fits; everything about settings, folder, rows and base's name before the model is
             loaded.
+        InterruptedRunError: If SIGINT or SIGTERM came: what was done is committed.
 
     Example:
         run(read_run_file("examples/run.yaml")).eval_loss
     """
-    check_initialisation(config.adapter, config.storage)
-    check_run_folder(config.out, existing)
-    read = read_data(config.data)  # before the base is looked for: converting a GGUF file takes half a minute
-    source = find_source(config.base)
-    tokenizer = load_tokenizer(source)
-    data = prepare_data(config.data, read, tokenizer, _longest(config.train, load_config(source)))
-    check_invocation(config.adapter, data.train.rows)
-    model, (adapter, observed) = _load(source, data, config)
-    metadata = AdapterMetadata(
-        base=source.name,
-        task_type="CAUSAL_LM",
-        row_format=data.row_format,
-        template_digest=template_digest(tokenizer),
-    )
-    attach(model, adapter, seed=config.seed, metadata=metadata, observed=observed)
-    observed.clear()  # full weights or gradients, as large as the model
-    return _train(model, data, config, existing)
+    _check_force(existing, force)
+    with _stoppable(config.out) as stop:
+        check_initialisation(config.adapter, config.storage)
+        check_run_folder(config.out, existing)
+        read = read_data(config.data, check=stop.check)  # before the base is looked for: that may take half a minute
+        source = find_source(config.base)
+        tokenizer = load_tokenizer(source)
+        longest = _longest(config.train, load_config(source))
+        data = prepare_data(config.data, read, tokenizer, longest, check=stop.check)
+        check_invocation(config.adapter, data.train.rows)
+        model, (adapter, observed) = _load(source, data, config)
+        metadata = AdapterMetadata(
+            base=source.name,
+            task_type="CAUSAL_LM",
+            row_format=data.row_format,
+            template_digest=template_digest(tokenizer),
+        )
+        attach(model, adapter, seed=config.seed, metadata=metadata, observed=observed)
+        observed.clear()  # full weights or gradients, as large as the model
+        return _train(model, data, config, existing, force, stop)
 
 
 def _load(source: Source, data: PreparedData, config: RunConfig) -> tuple[PreTrainedModel, Seen]:
@@ -82,6 +86,7 @@ def finetune(
     config: TrainConfig | None = None,
     seed: int = 0,
     existing: Existing = "refuse",
+    force: bool = False,
 ) -> TrainResult:
     """Train the adapter that is attached to a model, and write a run folder.
 
@@ -93,6 +98,7 @@ def finetune(
         config: How to train.
         seed: Fixes the order of the rows, and dropout.
         existing: What to do where the run folder exists.
+        force: As in `run`.
 
     Raises:
         AttachError: If no adapter is attached.
@@ -103,22 +109,46 @@ def finetune(
         attach(model, LoRAConfig(rank=16))
         result = finetune(model, tokenizer, data="chat.jsonl", out="runs/a")
     """
-    attachment = attachment_of(model)
-    check_run_folder(out, existing)
-    base = attachment.metadata.base or str(model.name_or_path) or type(model).__name__
-    settings = RunConfig(
-        base=base,
-        storage=_storage_of(model),
-        adapter=attachment.config,
-        data=DataConfig(train=data) if isinstance(data, str) else data,
-        train=config or TrainConfig(),
-        seed=seed,
-        out=out,
-    )
-    prepared = prepare_data(settings.data, read_data(settings.data), tokenizer, _longest(settings.train, model.config))
-    check_invocation(attachment.config, prepared.train.rows)
-    set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
-    return _train(model, prepared, settings, existing)
+    _check_force(existing, force)
+    with _stoppable(out) as stop:
+        attachment = attachment_of(model)
+        check_run_folder(out, existing)
+        base = attachment.metadata.base or str(model.name_or_path) or type(model).__name__
+        settings = RunConfig(
+            base=base,
+            storage=_storage_of(model),
+            adapter=attachment.config,
+            data=DataConfig(train=data) if isinstance(data, str) else data,
+            train=config or TrainConfig(),
+            seed=seed,
+            out=out,
+        )
+        read, longest = read_data(settings.data, check=stop.check), _longest(settings.train, model.config)
+        prepared = prepare_data(settings.data, read, tokenizer, longest, check=stop.check)
+        check_invocation(attachment.config, prepared.train.rows)
+        set_metadata(model, base=base, row_format=prepared.row_format, template_digest=template_digest(tokenizer))
+        return _train(model, prepared, settings, existing, force, stop)
+
+
+@contextmanager
+def _stoppable(out: str) -> Iterator[StopFlag]:
+    """Turn a signal anywhere within the block into an error that says how the run folder was left."""
+    with stop_flag() as stop:
+        try:
+            yield stop
+        except BaseException as error:
+            request = None if isinstance(error, InterruptedRunError) else stop_behind(error, stop)
+            if request is None:
+                raise
+            left = f"{out} is in good order, go on with --resume" if stop.began else "nothing was written or changed"
+            raise InterruptedRunError(
+                f"stopped by {request} before the first step; {left}", exit_code=request.exit_code
+            ) from None
+
+
+def _check_force(existing: Existing, force: bool) -> None:
+    if force and existing != "resume":
+        raise ConfigError("force goes with resume: it goes on with a run although something has changed")
 
 
 def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
@@ -149,25 +179,20 @@ def _longest(train: TrainConfig, base: PreTrainedConfig) -> int:
     return min(train.max_length, num_positions(base) or train.max_length)
 
 
-def _train(model: PreTrainedModel, data: PreparedData, config: RunConfig, existing: Existing) -> TrainResult:
+def _train(
+    model: PreTrainedModel, data: PreparedData, config: RunConfig, existing: Existing, force: bool, stop: StopFlag
+) -> TrainResult:
     check_trainable(model)
     planned = plan_of(model)
-    folder = begin_run_folder(config, planned.to_json(), _made_with(model, data, config), existing)
+    with stop.held():
+        depends_on = made_with(model, data, config)
+        folder, inexact = begin_run_folder(config, planned.to_json(), depends_on, existing, force=force)
+        stop.began = True
+    for line in inexact:
+        log.warning("not the run that was begun: %s", line)
     log.info(
         "%d rows, %d tokens an epoch, %d supervised; %d of %d parameters train",
         *(len(data.train.rows), data.train.num_tokens, data.train.num_supervised),
         *(planned.num_parameters, planned.base_parameters),
     )
-    return train_adapter(model, data, config, folder)
-
-
-def _made_with(model: PreTrainedModel, data: PreparedData, config: RunConfig) -> dict[str, Any]:
-    """Return everything that a run's numbers depend on: a resumed run must find it unchanged."""
-    return {
-        "settings": config.model_dump(mode="json", exclude=_MAY_CHANGE),
-        "data": data.digests,
-        "base_fingerprint": attachment_of(model).metadata.base_fingerprint,
-        "template_digest": attachment_of(model).metadata.template_digest,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "num_threads": torch.get_num_threads(),
-    }
+    return train_adapter(model, data, config, folder, stop, inexact)
