@@ -11,7 +11,7 @@ demo: .venv/ready  ## teach a small model a real task and measure it: about ten 
 test: .venv/ready  ## all tests of the quick tier
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-torture: .venv/ready  ## the full figures of docs/reliability.md: kills, signals, NaN, memory; about half an hour
+torture: .venv/ready  ## the full figures of docs/reliability.md: kills, signals, NaN, memory; about an hour
 	$(BIN)/python -m pytest -s -m torture tests
 
 check: .venv/ready  ## style, types, one-way imports, budgets

@@ -40,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]
         dx_ND = torch.empty_like(x_ND) if needs_x else None
         loss = x_ND.new_zeros((), dtype=torch.float32 if x_ND.dtype.itemsize < 4 else x_ND.dtype)
-        step = chunk_rows(W_VD.shape[0], x_ND.element_size())
+        step = chunk_rows(W_VD.shape[0], loss.element_size())  # of what they are computed in
         for start in range(0, x_ND.shape[0], step):
             rows = slice(start, start + step)
             x_CD, targets_C1 = x_ND[rows], targets_N[rows, None]
