@@ -6,6 +6,7 @@ signal. What is not real: the imports, which would take three of the four second
 It reads a line of JSON for each run, and answers with a line: how the run ended, and when.
 """
 
+import errno
 import json
 import os
 import random
@@ -90,6 +91,21 @@ def kill_at_operation(number: int) -> None:
         setattr(REAL, name, counted)
 
 
+def fill_disk(room: int) -> None:
+    """Let the disk take so many bytes of the process, the last write in part, and nothing more."""
+    left, original = [room], REAL.write
+
+    def write(handle: int, data: memoryview) -> int:
+        part = data[: left[0]]
+        if not part:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = original(handle, part)
+        left[0] -= taken
+        return taken
+
+    REAL.write = write
+
+
 def signal_in_phase(phase: str, call: int, delay: float, number: int, marks: str, times: int = 1) -> None:
     """Send a signal to the process shortly after a phase began for a certain time, and note when."""
     count = [0]
@@ -130,6 +146,8 @@ def run_child(order: dict) -> None:
         trace_rows(order["trace"])
         if "operation" in order:
             kill_at_operation(order["operation"])
+        if "room" in order:
+            fill_disk(order["room"])
         if "memory" in order:
             limit_memory(order["memory"])
         if "phase" in order:

@@ -3,13 +3,15 @@
 import errno
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from tests.files.faulty import Faulty, KilledError
 
 from veneer.errors import OutputError
 from veneer.files.filesystem import FileSystem
-from veneer.train.folder import METRICS, Metrics
+from veneer.train.folder import METRICS, Metrics, alone_in, check_run_folder
 from veneer.train.report import draw_losses
 
 LINES = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
@@ -131,3 +133,35 @@ def test_a_picture_that_cannot_be_written_is_no_reason_to_lose_a_run(tmp_path, c
     draw_losses(LINES, tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_second_run_is_refused_as_long_as_the_first_one_lives(tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import sys, pathlib; from veneer.train.folder import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    for how in (subprocess.Popen.kill, lambda process: process.stdin.close()):
+        first = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=r"another run is at work in .*run; wait for its end"):
+            check_run_folder(str(folder), "overwrite")
+        with pytest.raises(OutputError, match="another run is at work"), alone_in(folder):
+            pass
+        how(first)
+        first.wait()
+        first.stdout.close()
+        assert check_run_folder(str(folder), "refuse") == folder  # a lock alone is nothing
+        with alone_in(folder):
+            pass
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(handle, what):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone_in(tmp_path / "run"), alone_in(tmp_path / "run"):
+        pass

@@ -302,7 +302,7 @@ def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem, read_bac
             fs.remove_tree(temporary)
 
 
-def _sweep(target: Path, fs: FileSystem, alone: bool) -> None:
+def _sweep(target: Path, fs: FileSystem, alone: bool | None) -> None:
     """Bring back what a dead writer put aside, and remove what else dead writers left; the parent is locked.
 
     Where it could not be locked nobody knows who is dead, and all stays as it is.
@@ -341,7 +341,7 @@ def _is_left(path: Path, fs: FileSystem) -> bool:
     if not fs.is_folder(path):
         return True  # files are written under the lock of their folder, which we hold
     with suppress(FileNotFoundError), fs.locked(path, wait=False) as held:
-        return held
+        return bool(held)
     return False
 
 

@@ -115,6 +115,25 @@ class FileSystem:
             raise too_long
         return data
 
+    def read_range(self, path: Path, start: int, length: int) -> bytearray:
+        """Return a part of a regular file, in memory of our own that may be written to.
+
+        Raises:
+            OSError: If it cannot be read, is not a regular file, or ends before.
+        """
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{path}: not a regular file")
+        data = bytearray(length)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            rest = memoryview(data)
+            while rest:
+                taken = file.readinto(rest)
+                if not taken:
+                    raise OSError(f"{path}: ends at byte {start + length - len(rest)}, before byte {start + length}")
+                rest = rest[taken:]
+        return data
+
     def measure(self, path: Path) -> tuple[int, str]:
         """Return the size and the SHA-256 of a file, read in pieces."""
         sha, size = hashlib.sha256(), 0
@@ -138,7 +157,7 @@ class FileSystem:
             return not file.read(1)
 
     @contextmanager
-    def locked(self, path: Path, *, wait: bool = True, create: bool = False) -> Iterator[bool]:
+    def locked(self, path: Path, *, wait: bool = True, create: bool = False) -> Iterator[bool | None]:
         """Hold a folder or file within the block against everybody else who asks; a lock goes with its process.
 
         Args:
@@ -147,15 +166,17 @@ class FileSystem:
             create: Make an empty file there first, where there is nothing.
 
         Yields:
-            Whether it is held. It is not where the file system knows no locks.
+            Whether it is held; None where the file system knows no locks.
         """
         handle = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                held = True
-            except OSError:
+                held: bool | None = True
+            except BlockingIOError:
                 held = False
+            except OSError:
+                held = None
             yield held
         finally:
             os.close(handle)

@@ -85,8 +85,7 @@ def parse_tensors(data: bytes, where: str, *, finite: bool = True) -> dict[str, 
         >>> parse_tensors(dump_tensors({"x": torch.ones(2)}), "a.safetensors")
         {'x': tensor([1., 1.])}
     """
-    header, start = _read_header(data, where)
-    _refuse(where, "the header does not fit the file", _header_problems(header, len(data) - start))
+    parse_header(data, where, len(data))
     try:
         tensors: dict[str, Tensor] = load(data)
     except SafetensorError as cause:
@@ -94,6 +93,59 @@ def parse_tensors(data: bytes, where: str, *, finite: bool = True) -> dict[str, 
     if finite:
         _refuse(where, "weights must be finite; do not use this file", non_finite(tensors))
     return {name: tensors[name] for name in sorted(tensors)}
+
+
+def header_length(first: bytes, where: str, size: int) -> int:
+    """Return how many bytes the header of a safetensors file takes behind the first eight, which say so.
+
+    Args:
+        first: The first eight bytes.
+        where: What errors call the file.
+        size: Bytes of the whole file.
+
+    Raises:
+        AdapterError: If the header would be longer than the file, or than what is read.
+
+    Example:
+        >>> header_length((96).to_bytes(8, "little"), "a.safetensors", 1000)
+        96
+    """
+    if len(first) < _LENGTH:
+        raise AdapterError(f"{where}: expected the {_LENGTH}-byte length of a header, got {len(first)} bytes")
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER:
+        raise AdapterError(
+            f"{where}: expected a header of at most {MAX_HEADER} bytes, its length field says {length};"
+            " it is not a safetensors file, or not an adapter's"
+        )
+    if _LENGTH + length > size:
+        raise AdapterError(
+            f"{where}: its header takes {length} bytes, {_LENGTH + length - size} more than there are;"
+            " the file was cut short"
+        )
+    return length
+
+
+def parse_header(data: bytes, where: str, size: int) -> tuple[dict[str, Any], int]:
+    """Return the checked header of a safetensors file, and where in the file the values begin.
+
+    Args:
+        data: The beginning of the file, with the whole header.
+        where: What errors call it.
+        size: Bytes of the whole file.
+
+    Raises:
+        AdapterError: If the header lies about the file or a dtype is not supported; every problem is listed.
+
+    Example:
+        >>> data = dump_tensors({"x": torch.ones(2)})
+        >>> header, start = parse_header(data, "a.safetensors", len(data))
+        >>> header["x"], start
+        ({'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}, 96)
+    """
+    header, start = _read_header(data, where, size)
+    _refuse(where, "the header does not fit the file", _header_problems(header, size - start))
+    return header, start
 
 
 def dump_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -147,21 +199,9 @@ def _refuse(where: str, message: str, problems: list[str]) -> None:
         raise AdapterError(f"{where}: {message}", problems[:_SHOWN] + more)
 
 
-def _read_header(data: bytes, where: str) -> tuple[dict[str, Any], int]:
+def _read_header(data: bytes, where: str, size: int) -> tuple[dict[str, Any], int]:
     """Return the header and where the values begin."""
-    if len(data) < _LENGTH:
-        raise AdapterError(f"{where}: expected the {_LENGTH}-byte length of a header, got {len(data)} bytes")
-    length = int.from_bytes(data[:_LENGTH], "little")
-    if length > MAX_HEADER:
-        raise AdapterError(
-            f"{where}: expected a header of at most {MAX_HEADER} bytes, its length field says {length};"
-            " it is not a safetensors file, or not an adapter's"
-        )
-    if _LENGTH + length > len(data):
-        raise AdapterError(
-            f"{where}: its header takes {length} bytes, {_LENGTH + length - len(data)} more than there are;"
-            " the file was cut short"
-        )
+    length = header_length(data[:_LENGTH], where, size)
     raw = data[_LENGTH : _LENGTH + length]
     if not raw.startswith(b"{"):
         raise AdapterError(f"{where}: expected a header that begins with '{{', got {raw[:1]!r}")

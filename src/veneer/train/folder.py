@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ Existing = Literal["refuse", "resume", "overwrite"]
 
 RUN, PLAN, METRICS, CHECKPOINTS, ADAPTER = "run.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter"
 PICTURE = "loss.png"
+_LOCK = ".lock"
 
 _OURS = (ADAPTER, CHECKPOINTS, METRICS, PICTURE, RUN, PLAN)
 """All that a run writes: nothing else in its folder is ever removed."""
@@ -28,13 +30,22 @@ def check_run_folder(out: str, existing: Existing) -> Path:
     """Tell whether a run may be written to a folder; nothing is touched.
 
     Raises:
-        OutputError: If it exists and was to be left alone, or holds something else than a run.
+        OutputError: If it exists and was to be left alone, holds something else than a run, or a run is at work in it.
     """
     folder = Path(out)
+    if (folder / _LOCK).is_file():
+        with alone_in(folder):
+            pass
+    return _usable(folder, existing)
+
+
+def _usable(folder: Path, existing: Existing) -> Path:
+    out = str(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"out: {out!r} is a file; expected a folder to write the run to")
-    # What a run that was killed before it began has left is nothing: its plan, half written under another name.
-    holds_something = folder.is_dir() and any(not one.name.startswith(f".{PLAN}.") for one in folder.iterdir())
+    # What a run that was killed before it began has left is nothing: its lock, its plan half written.
+    nothing = (_LOCK, f".{PLAN}.")
+    holds_something = folder.is_dir() and any(not one.name.startswith(nothing) for one in folder.iterdir())
     if not holds_something:
         if existing == "resume":
             raise OutputError(f"out: there is no run in {out!r} to go on with; leave out --resume to start one")
@@ -44,6 +55,22 @@ def check_run_folder(out: str, existing: Existing) -> Path:
     if not (folder / PLAN).is_file():
         raise OutputError(f"out: {out!r} exists and holds no {PLAN}: it is not a run folder and is left as it is")
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder within the block, which is made where it does not exist.
+
+    The lock goes with the process; its file stays, empty. Where the file system knows no locks nobody is kept out.
+
+    Raises:
+        OutputError: If another run is at work in it.
+    """
+    REAL.make_parents(folder)
+    with REAL.locked(folder / _LOCK, wait=False, create=True) as held:
+        if held is False:
+            raise OutputError(f"out: another run is at work in {folder}; wait for its end, or choose another folder")
+        yield
 
 
 def begin_run_folder(
@@ -66,7 +93,7 @@ def begin_run_folder(
     Raises:
         OutputError: As `check_run_folder`, or naming what has changed since the run began.
     """
-    folder = check_run_folder(run.out, existing)
+    folder = _usable(Path(run.out), existing)
     inexact: list[str] = []
     if existing == "resume":
         before, inexact = _read_plan(folder / PLAN)

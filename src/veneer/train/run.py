@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -19,7 +20,7 @@ from veneer.nn.attach import attach, attachment_of, set_metadata
 from veneer.nn.plan import plan_of
 from veneer.storage.int8 import Int8Linear
 from veneer.storage.nf4 import NF4Linear
-from veneer.train.folder import Existing, begin_run_folder, check_run_folder
+from veneer.train.folder import Existing, alone_in, begin_run_folder, check_run_folder
 from veneer.train.initialise import Seen, check_initialisation, needs_look, observe
 from veneer.train.interrupt import StopFlag, stop_behind, stop_flag
 from veneer.train.loop import TrainResult, check_trainable, train_adapter
@@ -184,15 +185,17 @@ def _train(
 ) -> TrainResult:
     check_trainable(model)
     planned = plan_of(model)
-    with stop.held():
-        depends_on = made_with(model, data, config)
-        folder, inexact = begin_run_folder(config, planned.to_json(), depends_on, existing, force=force)
-        stop.began = True
-    for line in inexact:
-        log.warning("not the run that was begun: %s", line)
-    log.info(
-        "%d rows, %d tokens an epoch, %d supervised; %d of %d parameters train",
-        *(len(data.train.rows), data.train.num_tokens, data.train.num_supervised),
-        *(planned.num_parameters, planned.base_parameters),
-    )
-    return train_adapter(model, data, config, folder, stop, inexact)
+    with ExitStack() as stack:
+        with stop.held():
+            depends_on = made_with(model, data, config)
+            stack.enter_context(alone_in(Path(config.out)))
+            folder, inexact = begin_run_folder(config, planned.to_json(), depends_on, existing, force=force)
+            stop.began = True
+        for line in inexact:
+            log.warning("not the run that was begun: %s", line)
+        log.info(
+            "%d rows, %d tokens an epoch, %d supervised; %d of %d parameters train",
+            *(len(data.train.rows), data.train.num_tokens, data.train.num_supervised),
+            *(planned.num_parameters, planned.base_parameters),
+        )
+        return train_adapter(model, data, config, folder, stop, inexact)

@@ -1,0 +1,91 @@
+"""Reading checkpoints tensor by tensor."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from veneer.errors import AdapterError, BaseModelError
+from veneer.files.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_checkpoint, read_tensor
+from veneer.files.tensors import dump_tensors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards with an index, and a configuration."""
+    tensors = {f"layers.{n}.weight": torch.randn(3, n + 1) for n in range(4)} | {"empty": torch.zeros(0, 2)}
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[:2], names[2:]), 1):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"model-{number}.safetensors", {"format": "pt"})
+        places |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / CONFIG).write_text('{"model_type": "llama"}')
+    return tmp_path, tensors, places
+
+
+def test_every_tensor_of_every_shard_is_found_and_read_bit_for_bit(folder):
+    path, tensors, places = folder
+    found = read_checkpoint(path)
+    assert found.shapes == {name: tuple(one.shape) for name, one in tensors.items()}
+    assert {name: one.file for name, one in found.tensors.items()} == places
+    assert found.config == {"model_type": "llama"}
+    assert found.metadata["model-1.safetensors"] == {"format": "pt"}
+    for name, tensor in tensors.items():
+        assert torch.equal(read_tensor(found, name), tensor)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+def test_every_dtype_comes_back(tmp_path, dtype):
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    (tmp_path / WEIGHTS).write_bytes(dump_tensors({"x": tensor}))
+    assert torch.equal(read_tensor(read_checkpoint(tmp_path), "x"), tensor)
+
+
+def test_all_that_an_index_promises_falsely_is_listed(folder):
+    path, _, places = folder
+    held = places | {"gone": "model-1.safetensors", "far": "model-9.safetensors"}
+    del held["layers.3.weight"]
+    (path / INDEX).write_text(json.dumps({"weight_map": held}))
+    with pytest.raises(BaseModelError) as caught:
+        read_checkpoint(path)
+    gone, unnamed, missing = caught.value.problems
+    assert gone == f"'gone': {INDEX} says it is in model-1.safetensors; it is not"
+    assert unnamed == f"'layers.3.weight': in model-2.safetensors, but not named by {INDEX}"
+    assert missing.startswith(f"model-9.safetensors: named by {INDEX}, but missing; nearest: 'model-2.safetensors'")
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder):
+    path, _, _ = folder
+    (path / INDEX).write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    with pytest.raises(BaseModelError, match="outside of the folder"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("index", [[], {"weight_map": {}}, {"weight_map": {"x": 3}}, {"weight_map": []}])
+def test_an_index_that_is_none_is_refused(folder, index):
+    path, _, _ = folder
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BaseModelError, match="expected"):
+        read_checkpoint(path)
+
+
+def test_a_file_that_was_cut_short_is_refused_by_its_header(tmp_path):
+    data = dump_tensors({"x": torch.ones(100)})
+    (tmp_path / WEIGHTS).write_bytes(data[:-8])
+    with pytest.raises(AdapterError, match="8 bytes are missing at the end"):
+        read_checkpoint(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(data)
+    found = read_checkpoint(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(data[:-8])
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        read_tensor(found, "x")
+
+
+def test_near_names_are_told(folder, tmp_path):
+    found = read_checkpoint(folder[0])
+    with pytest.raises(BaseModelError, match=r"nearest: 'layers\.1\.weight'"):
+        read_tensor(found, "layer.1.weight")
+    with pytest.raises(BaseModelError, match="expected a folder with"):
+        read_checkpoint(tmp_path / "nowhere")
