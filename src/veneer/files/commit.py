@@ -50,7 +50,9 @@ _TRIES = 10
 
 Read = TypeVar("Read")
 
-Writer = Callable[[Path], None] | Mapping[str, Content]
+Written = Mapping[str, FileRecord] | None
+"""What a function that writes may tell of its files, so that they are not read again to be hashed."""
+Writer = Callable[[Path], Written] | Mapping[str, Content]
 """What fills a folder: names and contents, or a function that writes files into the folder that it is given."""
 
 Notes = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
@@ -247,8 +249,8 @@ def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem)
         return {name: record.result() for name, record in records.items()}
 
 
-def _fill_by_function(folder: Path, write: Callable[[Path], None], fs: FileSystem) -> dict[str, FileRecord]:
-    write(folder)
+def _fill_by_function(folder: Path, write: Callable[[Path], Written], fs: FileSystem) -> dict[str, FileRecord]:
+    known = write(folder) or {}
     names = fs.list_files(folder)
     _check_names(names)
     records = {}
@@ -256,7 +258,8 @@ def _fill_by_function(folder: Path, write: Callable[[Path], None], fs: FileSyste
         if not fs.is_plain_file(folder / name):
             raise OutputError(f"{name}: only regular files can be committed, got a link or a device")
         fs.fsync_file(folder / name)
-        records[name] = FileRecord(*fs.measure(folder / name))
+        # What was hashed on its way is compared with the disk when the folder is read back.
+        records[name] = known.get(name) or FileRecord(*fs.measure(folder / name))
     return records
 
 

@@ -131,7 +131,7 @@ def merge(
     before = fingerprint(model)
     if not any_base:
         check_base(model, adapter, before)
-    _check_mergeable(adapter)
+    check_mergeable(adapter)
     check_choice(quantised, layers, targets, full_weights)
     written = [weight_path(target) for target in targets if target.owner not in layers]
     ties = find_ties(model, [*written, *adapter.trained])
@@ -220,8 +220,12 @@ def _check_words(tied: str, quantised: str) -> None:
             raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _check_mergeable(adapter: Adapter) -> None:
-    """Raise for what no weight can do alone."""
+def check_mergeable(adapter: Adapter) -> None:
+    """Raise for what no weight can do alone.
+
+    Raises:
+        AdapterError: Then, by name.
+    """
     problems = [
         f"{path}: its ranks look across the groups of the convolution, whose weight has no place for that"
         for path, pair in adapter.modules.items()

@@ -111,7 +111,7 @@ def merge_weight(source: Tensor, out: Tensor, module: nn.Module, target: Target,
                 ratio_P = magnitude_ratio(_wide(block.magnitude_O[part], out.device), norm_P)
                 exact.mul_(ratio_P.view(-1, *(1,) * (exact.ndim - 1)))
             rounded = round_once(exact, out.dtype)
-            _check(exact, rounded, target.path)
+            require_finite(exact, rounded, target.path)
             _count(sums, before, exact, rounded)
             block.out[part] = rounded.to(out.device)
     return _change(sums)
@@ -122,7 +122,7 @@ def _copy_rounded(source: Tensor, out: Tensor, path: str) -> None:
     for start in range(0, source.shape[0], rows):
         exact = _wide(source[start : start + rows], out.device)
         rounded = round_once(exact, out.dtype)
-        _check(exact, rounded, path)
+        require_finite(exact, rounded, path)
         out[start : start + rows] = rounded.to(out.device)
 
 
@@ -131,7 +131,12 @@ def _wide(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to("cpu" if device.type == "mps" else device, torch.float64)
 
 
-def _check(exact: Tensor, rounded: Tensor, path: str) -> None:
+def require_finite(exact: Tensor, rounded: Tensor, path: str) -> None:
+    """Raise where a merged value is not finite, or leaves the range of its dtype.
+
+    Raises:
+        AdapterError: Then.
+    """
     if bool(torch.isfinite(rounded).all()):
         return
     if bool(torch.isfinite(exact).all()):
