@@ -13,7 +13,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import veneer
 from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size
 from veneer.errors import BaseModelError, ConfigError
-from veneer.files.shards import read_checkpoint
 
 EXAMPLE = "Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5"
 
@@ -39,10 +38,9 @@ def merge(
     All other files are copied; veneer_merge.json in OUT says what was done.
     """
     log_to_stderr()
-    folder = _folder_of(base)
+    folder = folder_of(base)
     parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
-    total = sum(place.size for place in read_checkpoint(folder).tensors.values())
-    with bytes_bar("merging", total) as on_bytes:
+    with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         record = veneer.merge_checkpoint(
             folder, parts, out, dtype=dtype, probe="auto" if probe else None, any_base=any_base, on_bytes=on_bytes
         )
@@ -88,7 +86,7 @@ def _weighted(text: str) -> tuple[str, float]:
         raise ConfigError(f"--also {text!r}: {number!r} is not a number; expected DIR=WEIGHT") from None
 
 
-def _folder_of(base: str) -> str:
+def folder_of(base: str) -> str:
     """Return the folder of a base; a .gguf file or an embedded model's name is converted as elsewhere."""
     if Path(base).is_dir():
         return base
@@ -96,6 +94,11 @@ def _folder_of(base: str) -> str:
     if not source.is_local:
         raise BaseModelError(f"base {base!r}: a merge reads files; download it and name its folder{source.hint}")
     return source.location
+
+
+def weight_bytes(folder: str) -> int:
+    """Return the bytes of the safetensors files in a folder: what a bar shows as all of it."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 @contextmanager
