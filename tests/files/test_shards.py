@@ -4,10 +4,23 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from veneer.errors import AdapterError, BaseModelError
-from veneer.files.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_checkpoint, read_tensor
+from veneer.files.filesystem import REAL
+from veneer.files.manifest import FileRecord
+from veneer.files.shards import (
+    CONFIG,
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    Edit,
+    copy_file,
+    read_checkpoint,
+    read_config,
+    read_tensor,
+    write_shard,
+)
 from veneer.files.tensors import dump_tensors
 
 
@@ -89,3 +102,67 @@ def test_near_names_are_told(folder, tmp_path):
         read_tensor(found, "layer.1.weight")
     with pytest.raises(BaseModelError, match="expected a folder with"):
         read_checkpoint(tmp_path / "nowhere")
+
+
+def halves(stored):
+    return stored.mul_(0.5)
+
+
+def test_a_file_is_written_byte_for_byte_but_for_its_edits(folder, monkeypatch):
+    path, tensors, _ = folder
+    monkeypatch.setattr("veneer.files.shards.BLOCK", 16)  # so that tensors take several
+    found, told = read_checkpoint(path), []
+    for file in found.metadata:
+        target = path / f"new-{file}"
+        assert write_shard(found, file, target, {}, on_bytes=told.append) == FileRecord(*REAL.measure(target))
+        assert target.read_bytes() == (path / file).read_bytes()
+    assert sum(told) == sum((path / file).stat().st_size for file in found.metadata)
+    file = found.tensors["layers.1.weight"].file
+    edits = {"layers.1.weight": Edit("layers.1.weight", torch.float32, halves)}
+    written = write_shard(found, file, path / "edited", edits)
+    assert written == FileRecord(*REAL.measure(path / "edited"))
+    assert (path / "edited").read_bytes()[: found.tensors["empty"].start] == (path / file).read_bytes()[
+        : found.tensors["empty"].start
+    ]
+    for name, one in load_file(path / "edited").items():
+        assert torch.equal(one, tensors[name] * (0.5 if name in edits else 1))
+
+
+def test_new_tensors_and_other_dtypes_make_a_new_header_that_safetensors_reads(tmp_path):
+    tensors = {"a": torch.arange(5, dtype=torch.uint8), "b": torch.randn(3, 2), "c": torch.zeros(0, 2)}
+    (tmp_path / WEIGHTS).write_bytes(dump_tensors(tensors))
+    found = read_checkpoint(tmp_path)
+    edits = {
+        "b": Edit("b", torch.bfloat16, lambda one: one.bfloat16()),
+        "new": Edit("b", torch.float64, lambda one: one.double()),
+    }
+    write_shard(found, WEIGHTS, tmp_path / "new", edits)
+    again = load_file(tmp_path / "new")
+    assert torch.equal(again["new"], tensors["b"].double())
+    assert torch.equal(again["b"], tensors["b"].bfloat16())
+    assert torch.equal(again["a"], tensors["a"])
+    assert again["c"].shape == (0, 2)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / "new").read_bytes())
+    places = read_checkpoint(tmp_path)
+    assert all(one.start % DTYPES[one.dtype].itemsize == 0 for one in places.tensors.values())
+    assert places.metadata[WEIGHTS] == {"format": "pt"}
+
+
+def test_a_base_that_is_cut_while_it_is_read_is_said_so(folder):
+    path, _, places = folder
+    found, file = read_checkpoint(path), places["layers.0.weight"]
+    (path / file).write_bytes((path / file).read_bytes()[:-1])
+    with pytest.raises(BaseModelError, match=f"{file}: cannot be read at byte"):
+        write_shard(found, file, path / "new", {})
+
+
+def test_a_copy_is_hashed_on_its_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("veneer.files.shards.BLOCK", 3)
+    for content in (b"", b"hello world"):
+        (tmp_path / "a").write_bytes(content)
+        assert copy_file(tmp_path / "a", tmp_path / f"b{len(content)}") == FileRecord(*REAL.measure(tmp_path / "a"))
+        assert (tmp_path / f"b{len(content)}").read_bytes() == content
+
+
+def test_a_configuration_alone_is_read(folder, tmp_path):
+    assert read_config(folder[0]) == {"model_type": "llama"}

@@ -41,9 +41,11 @@ def merge(
     folder = folder_of(base)
     parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
-        record = veneer.merge_checkpoint(
-            folder, parts, out, dtype=dtype, probe="auto" if probe else None, any_base=any_base, on_bytes=on_bytes
-        )
+        if probe:
+            record = veneer.merge_checkpoint(folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
+        else:  # without transformers
+            values = [(veneer.load_adapter(one), each) for one, each in parts]
+            record = veneer.merge_files(folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
     if as_json:
         print_json(record.to_json())
         return

@@ -1,0 +1,85 @@
+"""`veneer merge` and `veneer extract`, as a user meets them."""
+
+import json
+
+import pytest
+import torch
+import typer
+from torch import nn
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import veneer
+from veneer.cli import extract, merge
+from veneer.config import LoRAConfig
+from veneer.errors import BaseModelError, ConfigError, OutputError, VeneerError
+from veneer.files.peft import load_adapter, save_adapter
+from veneer.nn.attach import attach, detach
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a verb; its output, or the error that main would print."""
+    for name, home in (
+        ("merge_checkpoint", "veneer.scoring.merge_checkpoint"),
+        ("merge_files", "veneer.tools.merge_checkpoint"),
+        ("extract", "veneer.tools.extract"),
+    ):
+        monkeypatch.setitem(veneer._HOME, name, home)
+        monkeypatch.delitem(vars(veneer), name, raising=False)
+    app = typer.Typer()
+    app.command("merge")(merge.merge)
+    app.command("extract")(extract.extract)
+
+    def call(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(one) for one in arguments])
+        if isinstance(done.exception, VeneerError):
+            raise done.exception
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.stdout
+
+    return call
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    attachment = attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    for parameter in attachment.parameters().values():
+        nn.init.normal_(parameter, std=0.2)
+    save_adapter(detach(model), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_merged_shown_and_extracted_again(run, tiny_base, adapter, tmp_path):
+    shown = run("merge", tiny_base, adapter, tmp_path / "out")
+    assert "model.layers.1.self_attn.q_proj" in shown
+    assert "logits differ by" in shown
+    shown = run("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "again", "--rank", 2)
+    assert "32 × 32" in shown
+    before, after = (load_adapter(one).modules for one in (adapter, tmp_path / "again"))
+    for path, one in before.items():
+        assert torch.linalg.vector_norm(one.delta() - after[path].delta()) <= 1e-5 * torch.linalg.vector_norm(
+            one.delta()
+        )
+
+
+def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
+    options = ("--also", f"{adapter}=-0.5", "--weight", 2, "--dtype", "bfloat16", "--no-probe", "--json")
+    found = json.loads(run("merge", tiny_base, adapter, tmp_path / "out", *options))
+    assert [weight for _, weight in found["adapters"]] == [2.0, -0.5]
+    assert found["dtype"] == "bfloat16"
+    assert found["probe"]["probed"] is False
+    found = json.loads(run("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "x", "--energy", 0.9, "--json"))
+    assert found["modules"]
+
+
+def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
+    with pytest.raises(ConfigError, match=r"--also .*: 'much' is not a number; expected DIR=WEIGHT"):
+        run("merge", tiny_base, adapter, tmp_path / "out", "--also", f"{adapter}=much")
+    with pytest.raises(BaseModelError, match="a merge reads files"):
+        run("merge", "org/model", adapter, tmp_path / "out")
+    with pytest.raises(ConfigError, match="--rank or --energy"):
+        run("extract", tiny_base, tiny_base, "--out", tmp_path / "x")
+    with pytest.raises(OutputError, match="exists already"):
+        run("extract", tiny_base, tiny_base, "--out", adapter, "--rank", 2)
