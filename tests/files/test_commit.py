@@ -26,8 +26,8 @@ from veneer.files.commit import (
     sweep,
     verify_folder,
 )
-from veneer.files.filesystem import FileSystem
-from veneer.files.manifest import MANIFEST, dump_manifest, parse_manifest, read_verified
+from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.manifest import MANIFEST, FileRecord, dump_manifest, parse_manifest, read_verified, record_content
 
 OLD = {"a.txt": b"old", "deep/b.bin": b"\0\1"}
 NEW = {"a.txt": b"new", "c.txt": b""}
@@ -362,3 +362,16 @@ def test_a_manifest_is_written_the_same_every_time(tmp_path):
     second = commit_folder(tmp_path / "y", OLD, kind="x", notes={"a": 2, "b": 1})
     assert dump_manifest(first) == dump_manifest(second) == (Path(tmp_path) / "x" / MANIFEST).read_bytes()
     assert parse_manifest(dump_manifest(first), "x") == first
+
+
+def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(tmp_path):
+    def write(folder: Path, said: bytes) -> dict[str, FileRecord]:
+        REAL.write_bytes(folder / "a", b"hello")
+        REAL.write_bytes(folder / "b", b"not told")
+        return {"a": record_content(said)}
+
+    manifest = commit_folder(tmp_path / "right", lambda folder: write(folder, b"hello"), kind="x")
+    assert verify_folder(tmp_path / "right") == manifest
+    with pytest.raises(DamagedArtefactError, match="a: expected SHA-256"):
+        commit_folder(tmp_path / "wrong", lambda folder: write(folder, b"hallo"), kind="x")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]

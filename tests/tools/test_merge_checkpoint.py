@@ -330,6 +330,29 @@ def test_rows_of_tokens_stay_tied(tmp_path):
         merge_files(base, [(both, 1.0)], tmp_path / "other")
 
 
+def test_a_table_of_positions_is_tied_to_nothing(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=0,
+                                       eos_token_id=0)).eval()  # fmt: skip
+    adapter = made(model, LoRAConfig(rank=2, target_modules=["wpe"]))
+    model.save_pretrained(tmp_path / "base")
+    record = merge_files(tmp_path / "base", [(adapter, 1.0)], tmp_path / "base" / "inside")
+    assert record.untied == record.left_out == ()
+    assert set(held(tmp_path / "base" / "inside")) == set(held(tmp_path / "base"))
+
+
+def test_a_folder_of_links_is_read_through_them(sharded, tmp_path):
+    model, base = sharded()
+    (tmp_path / "links").mkdir()
+    for path in base.iterdir():
+        if path.is_file():
+            (tmp_path / "links" / path.name).symlink_to(path)
+    parts = [(made(model, LoRAConfig(rank=2)), 1.0)]
+    merge_files(base, parts, tmp_path / "a")
+    merge_files(tmp_path / "links", parts, tmp_path / "b")
+    for name, one in held(tmp_path / "a").items():
+        assert torch.equal(held(tmp_path / "b")[name], one)
+
+
 def test_a_tie_that_no_configuration_undoes_is_refused(tmp_path):
     base, _ = tied_base(tmp_path, architectures=["BertForMaskedLM"])
     table = LowRank(torch.randn(2, 9), torch.randn(4, 2), 0.5, "embedding")

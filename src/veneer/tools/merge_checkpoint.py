@@ -101,7 +101,8 @@ def merge_files(
     base, kind = Path(base), dtype_of(dtype)
     refuse_quantised_config(str(base), read_config(base, fs=fs))
     checkpoint, adapter = read_checkpoint(base, fs=fs), sum_adapters(parts)
-    job = _Job(checkpoint, make_plan(checkpoint, adapter, any_base=any_base), kind, fs, on_bytes)
+    beside = fs.list_files(base)  # before the new folder is made, which may lie inside
+    job = _Job(checkpoint, make_plan(checkpoint, adapter, any_base=any_base), kind, beside, fs, on_bytes)
     _check_room(job, Path(out))
     record: CheckpointMerge | None = None
 
@@ -126,6 +127,7 @@ class _Job:
     checkpoint: Checkpoint
     plan: Plan
     dtype: torch.dtype | None
+    beside: list[str]
     fs: FileSystem
     on_bytes: OnBytes | None
     modules: dict[str, MergedModule] = field(default_factory=dict)
@@ -205,15 +207,15 @@ def _write_all(job: _Job, folder: Path) -> dict[str, FileRecord]:
     with ThreadPoolExecutor(1) as hashing, workers(min(os.cpu_count() or 1, 8)) as pool:
         hashes: dict[str, Future[tuple[int, str]]] = {}
         for file in job.files:
-            hashes[file] = hashing.submit(fs.measure, base / file)
-            written[file] = write_shard(
-                job.checkpoint, file, folder / file, job.edits(file, pool), fs=fs, on_bytes=job.on_bytes
-            )
-            job.inputs[file] = FileRecord(*hashes[file].result())
+            edits = job.edits(file, pool)
+            if edits:  # else it is what will be written
+                hashes[file] = hashing.submit(fs.measure, base / file)
+            written[file] = write_shard(job.checkpoint, file, folder / file, edits, fs=fs, on_bytes=job.on_bytes)
+            job.inputs[file] = FileRecord(*hashes[file].result()) if edits else written[file]
     changed = _changed_files(job)
     for name, content in changed.items():
         fs.write_bytes(folder / name, content)
-    for name in fs.list_files(base):
+    for name in job.beside:
         if name in written or name in changed or name in (MANIFEST, RECORD):
             continue
         if name.lower().endswith(_WEIGHTS) or name.startswith(".") or "/." in name or fs.is_folder(base / name):

@@ -133,11 +133,13 @@ def _missing_head(checkpoint: Checkpoint, adapter: Adapter) -> tuple[str, tuple[
 
 
 def _touched_table(checkpoint: Checkpoint, adapter: Adapter) -> str | None:
-    """Return the table, or the stored head, that the adapter changes as a whole."""
+    """Return the table of words, or the stored head, that the adapter changes as a whole."""
+    words = checkpoint.config.get("vocab_size", _text_config(checkpoint.config).get("vocab_size"))
     for name in _whole(adapter):
         leaf = ".".join(name.split(".")[-2:])
         found = [one for one in checkpoint.tensors if one == leaf or one.endswith(f".{leaf}")]
-        if len(found) == 1:
+        rows = checkpoint.tensors[found[0]].shape[0] if len(found) == 1 else None
+        if rows is not None and words in (None, rows):
             return found[0]
     return None
 
