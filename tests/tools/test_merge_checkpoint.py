@@ -269,6 +269,7 @@ def test_files_saved_from_the_model_without_its_head(sharded, tmp_path):
 
 def tied_base(tmp_path, **config):
     tensors = {"model.embed_tokens.weight": torch.randn(9, 4), "model.layers.0.q.weight": torch.randn(4, 4)}
+    tensors["norm.weight"] = torch.ones(4)
     settings = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | config
     return small(tmp_path / "base", tensors, **settings), tensors
 
@@ -303,6 +304,14 @@ def test_a_head_stored_beside_its_table_is_untied_by_the_configuration_alone(tmp
     merge_files(base, [(adapter_of({"lm_head": factors(9, 4)}), 1.0)], tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[f"{TABLE}.weight"], tensors[f"{TABLE}.weight"])
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["tie_word_embeddings"] is False
+
+
+def test_an_index_whose_metadata_is_nothing_we_know_is_no_traceback(sharded, tmp_path):
+    model, base = sharded()
+    index = json.loads((base / INDEX).read_text())
+    (base / INDEX).write_text(json.dumps(index | {"metadata": ["odd"]}))
+    merge_files(base, [(made(model, LoRAConfig(rank=2)), 1.0)], tmp_path / "out", dtype="float32")
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {}
 
 
 def test_a_new_head_stands_in_the_index(sharded, tmp_path):
@@ -380,6 +389,16 @@ REFUSED = {
         Adapter({"model.layers.0.q": factors(4, 4)}, LoRAConfig(rank=2, invocation_tokens=(1,))),
         "invocation_tokens",
     ),
+    "two for one tensor": (
+        adapter_of({"model.layers.0.q": factors(4, 4), "model.layers.0.q.weight": LowRank(
+            torch.ones(1, 4), torch.ones(4, 1), 1.0, "parameter")}),
+        "one of them would be lost",
+    ),
+    "an update of what trained whole": (
+        adapter_of({"model.layers.0.q": factors(4, 4)}, trained={"model.layers.0.q.weight": torch.ones(4, 4)}),
+        "one of them would be lost",
+    ),
+    "rows of what is no table": (adapter_of(tokens={"norm": TokenRows((0,), torch.ones(1, 4))}), "is no table"),
     "rows outside": (adapter_of(tokens={TABLE: TokenRows((9,), torch.ones(1, 4))}), r"rows \[9\] lie outside"),
     "another base": (
         adapter_of({"model.layers.0.q": factors(4, 4)}, metadata=AdapterMetadata(base_weights=((TABLE, "0" * 64),))),

@@ -243,10 +243,10 @@ def _changed_files(job: _Job) -> dict[str, bytes]:
     sharded = len(job.files) > 1 or (job.fs.exists(path) and job.files != ["model.safetensors"])
     if sharded and (len(names) > len(job.checkpoint.tensors) or job.dtype is not None):
         index = parse_json(job.fs.read_bytes(path, MAX_INDEX), str(path), max_bytes=MAX_INDEX)
-        metadata = dict(index.get("metadata") or {})
+        metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
         if "total_size" in metadata:
             metadata["total_size"] = sum(job.size_of(name) for name in names)
-        if job.plan.untied is not None and "total_parameters" in metadata:
+        if job.plan.untied is not None and isinstance(metadata.get("total_parameters"), int):
             head = job.checkpoint.tensors[job.plan.untied.table].shape
             metadata["total_parameters"] += 0 if job.plan.untied.stored else head[0] * head[1]
         changed[INDEX] = dump_json({**index, "metadata": metadata, "weight_map": {n: job.file_of(n) for n in names}})

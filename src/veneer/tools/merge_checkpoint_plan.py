@@ -139,7 +139,7 @@ def make_plan(checkpoint: Checkpoint, adapter: Adapter, *, any_base: bool) -> Pl
         if isinstance(fitted, str):
             problems.append(fitted)
         else:
-            works[place(tensors[0])] = Work(path, sources[0], *fitted)
+            problems += _put(works, place(tensors[0]), Work(path, sources[0], *fitted))
     problems += _add_trained(adapter, place, checkpoint, works, untied)
     if problems := problems or _other_base(checkpoint, adapter, place, any_base):
         raise AdapterError("the adapter does not fit the files (nothing was written)", problems)
@@ -157,6 +157,13 @@ def _wanted(path: str, pair: LowRank, names: Mapping[str, Any]) -> list[str]:
     tails = {".".join(name.split(".")[-4:]) for name in names}
     # Older files hold a matrix for each expert.
     return split if split and ".".join(split[0].split(".")[-4:]) in tails else [path]
+
+
+def _put(works: dict[str, Work], name: str, work: Work) -> Iterator[str]:
+    """Add a tensor's work; yield a line where it has some already: of two only one would land."""
+    if name in works:
+        yield f"{work.path}: changes {name}, as {works[name].path} does; one of them would be lost"
+    works[name] = work
 
 
 def _source(name: str, untied: Untied | None) -> str:
@@ -240,7 +247,7 @@ def _split(
         shape = checkpoint.tensors[name].shape
         if pair.sizes[0] % each or shape != (rows, pair.sizes[1]):
             yield f"{path}: the files hold {name} {shape}, the adapter is for {(rows, pair.sizes[1])} of each expert"
-        works[name] = Work(path, name, LowRank(pair.lora_A[expert], B, pair.scaling))
+        yield from _put(works, name, Work(path, name, LowRank(pair.lora_A[expert], B, pair.scaling)))
 
 
 def _add_trained(
@@ -253,10 +260,14 @@ def _add_trained(
         shape = checkpoint.tensors[source].shape
         if shape != tuple(value.shape):
             yield f"{path}: the files hold {shape}, the adapter {tuple(value.shape)}"
-        works[name] = Work(path, source, whole=value)
+        yield from _put(works, name, Work(path, source, whole=value))
     for path, tokens in adapter.tokens.items():
         name = place(f"{path}.weight")
-        rows, size = checkpoint.tensors[name].shape
+        shape = checkpoint.tensors[name].shape
+        if len(shape) != 2:
+            yield f"{path}: the files hold {shape}, which is no table"
+            continue
+        rows, size = shape
         if tokens.rows.shape[1] != size:
             yield f"{path}: the table's rows have {size} values, the adapter's {tokens.rows.shape[1]}"
         if outside := [index for index in tokens.indices if index >= rows]:

@@ -138,8 +138,8 @@ def _touched_table(checkpoint: Checkpoint, adapter: Adapter) -> str | None:
     for name in _whole(adapter):
         leaf = ".".join(name.split(".")[-2:])
         found = [one for one in checkpoint.tensors if one == leaf or one.endswith(f".{leaf}")]
-        rows = checkpoint.tensors[found[0]].shape[0] if len(found) == 1 else None
-        if rows is not None and words in (None, rows):
+        shape = checkpoint.tensors[found[0]].shape if len(found) == 1 else ()
+        if len(shape) == 2 and words in (None, shape[0]):
             return found[0]
     return None
 
