@@ -362,3 +362,21 @@ def test_a_manifest_is_written_the_same_every_time(tmp_path):
     second = commit_folder(tmp_path / "y", OLD, kind="x", notes={"a": 2, "b": 1})
     assert dump_manifest(first) == dump_manifest(second) == (Path(tmp_path) / "x" / MANIFEST).read_bytes()
     assert parse_manifest(dump_manifest(first), "x") == first
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_a_folder_is_committed_where_no_thread_can_be_started(tmp_path, monkeypatch, started):
+    """Memory may be too short for the stack of one; what a run saves then is what it goes on from."""
+    left, start = [started], threading.Thread.start
+
+    def refuse(thread):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    contents = {f"{n}.bin": bytes([n]) * 1000 for n in range(4)}
+    expected = commit_folder(tmp_path / "one", contents, kind="example")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert commit_folder(tmp_path / "other", contents, kind="example") == expected
+    assert verify_folder(tmp_path / "other") == expected
