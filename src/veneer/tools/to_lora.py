@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.patterns import scales_for
-from veneer.files.peft_factors import Factors, balanced, svd, svd_of_product
 from veneer.files.peft_method import ModuleUpdate
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.peft_values import MAX_RANK
+from veneer.ops.low_rank import Factors, balanced, evened, product_norm, rounding, svd, svd_of_product
 
 MAX_DENSE = 1 << 28
 MAX_VALUES = 1 << 29
@@ -110,13 +109,14 @@ def _convert(update: ModuleUpdate, rank: int | None) -> tuple[LowRank, float]:
     exact = _factors(update, rank)
     if exact.rank > MAX_RANK:
         raise AdapterError(f"takes rank {exact.rank}, at most {MAX_RANK} is read; give a rank")
-    B, A = _evened(exact)
+    even = evened(exact)
+    B, A = even.B_OR, even.A_RI
     rounded = LowRank(A.float(), B.float(), 1.0)
     if not bool(torch.isfinite(rounded.lora_A).all() and torch.isfinite(rounded.lora_B).all()):
         raise AdapterError("its update leaves the range of float32")
-    total = math.hypot(_norm(B, A), exact.dropped)
+    total = math.hypot(product_norm(B, A), exact.dropped)
     # What was left out lies at right angles to what was kept, and so to its rounding but for products of roundings.
-    error = math.hypot(_rounding(B, A, rounded), exact.dropped)
+    error = math.hypot(rounding(B, A, rounded.lora_B, rounded.lora_A), exact.dropped)
     if not math.isfinite(total + error):
         raise AdapterError("its update is not finite: products of its factors leave the range of numbers")
     return rounded, error / total if total else 0.0
@@ -136,28 +136,6 @@ def _factors(update: ModuleUpdate, rank: int | None) -> Factors:
     if rank is not None and found.rank > rank:
         return balanced(*svd_of_product(found.B_OR, found.A_RI), rank)
     return found
-
-
-def _evened(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return the factors with columns of B as long as the rows of A, so that float32 holds both; rank 0 as zeros."""
-    B, A = factors.B_OR, factors.A_RI
-    if factors.rank == 0:
-        return B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
-    b_R, a_R = torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)
-    used = (b_R > 0) & (a_R > 0)
-    root_R = torch.where(used, (a_R / torch.where(used, b_R, 1.0)).sqrt(), 1.0)
-    return B * root_R, A / root_R[:, None]
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    """Return ‖B A‖ without forming it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-    return math.sqrt(max(0.0, torch.sum((B.T @ B) * (A @ A.T)).item()))
-
-
-def _rounding(B: Tensor, A: Tensor, rounded: LowRank) -> float:
-    """Return ‖B A − B' A'‖ without forming it, from B A − B' A' = (B − B') A + B' (A − A'): nothing cancels."""
-    B_rounded, A_rounded = rounded.lora_B.double(), rounded.lora_A.double()
-    return _norm(torch.cat([B - B_rounded, B_rounded], dim=1), torch.cat([A, A - A_rounded]))
 
 
 def _config_for(pairs: Mapping[str, LowRank], other: OtherAdapter) -> LoRAConfig:
