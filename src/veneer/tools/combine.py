@@ -18,6 +18,7 @@ from veneer.tools.combiners import RULES, joined
 from veneer.tools.combiners_request import LINEAR, Request, read_request
 from veneer.tools.combiners_rest import combined_config, combined_metadata, combined_whole
 from veneer.tools.combiners_spaces import SPACES
+from veneer.tools.made_card import made_card
 from veneer.tools.stacks import (
     Closeness,
     built,
@@ -66,6 +67,13 @@ class Combination:
         made = {"digest": self.adapter.digest, "method": self.method, "options": dict(self.options), "of": sources}
         return {**made, **closeness_json(self.modules)}
 
+    def card(self, names: Sequence[str]) -> str:
+        """Return the README of the combination; the names say where its adapters came from, in order."""
+        told = zip(names, self.sources, strict=True)
+        rows = [{"adapter": name, "digest": f"`{digest}`", "weight": f"{one:g}"} for name, (digest, one) in told]
+        title = f"Combined of {len(rows)} adapters by `{self.method}`."
+        return made_card(self.adapter, title, rows, {"method": self.method, **self.options}, self.total)
+
 
 def combine(
     adapters: Sequence[Adapter],
@@ -76,6 +84,7 @@ def combine(
     module_weights: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
     any_base: bool = False,
+    names: Sequence[str] | None = None,
     **options: object,
 ) -> Combination:
     """Return one adapter that does what several do together.
@@ -102,6 +111,7 @@ def combine(
             does wins.
         seed: Fixes what dare draws; each entry's draw depends on the seed, the module and the adapter's place alone.
         any_base: Combine although the adapters were made for different bases or tasks.
+        names: What errors call the adapters, such as their folders.
         options: `density`, the share of entries that stays (default 0.2 where the largest do, 0.1 where they are
             drawn); `space`, where entries are looked at: `full`, `core` or `knots`; `trained`, what becomes of
             parameters and token rows that trained whole: `exact` (where all adapters agree, or, with `linear` and
@@ -129,7 +139,7 @@ def combine(
         research: papers.md 4.1 and 4.3. Differs from PEFT's `add_weighted_adapter`: its `linear` and its methods
         without `_svd` join A and B each by itself, (Σ c_i B_i)(Σ c_i A_i), which has cross terms B_i A_j.
     """
-    request = read_request(adapters, weights, method, rank, module_weights, (seed, any_base), options)
+    request = read_request(adapters, weights, method, rank, module_weights, (seed, any_base, names), options)
     trained, tokens = combined_whole(adapters, request)
     modules: dict[str, LowRank] = {}
     closeness: dict[str, Closeness] = {}

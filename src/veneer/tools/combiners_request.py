@@ -33,6 +33,7 @@ class Request:
         density: Share of the entries that stays; 1 for `linear`.
         space: Where entries are looked at.
         trained: What becomes of what trained whole.
+        names: What errors call the adapters.
     """
 
     weights: tuple[float, ...]
@@ -43,6 +44,7 @@ class Request:
     density: float
     space: str
     trained: str
+    names: tuple[str, ...]
 
     def weights_for(self, path: str) -> tuple[float, ...]:
         """Return the adapters' weights for a module or parameter."""
@@ -67,7 +69,7 @@ def read_request(
     method: str,
     rank: int | None,
     module_weights: Mapping[str, Sequence[float]] | None,
-    more: tuple[int, bool],
+    more: tuple[int, bool, Sequence[str] | None],
     options: Mapping[str, object],
 ) -> Request:
     """Return what is asked for, or raise for all of it that cannot be done.
@@ -78,14 +80,15 @@ def read_request(
         method: See there.
         rank: See there.
         module_weights: See there.
-        more: Its seed and its any_base.
+        more: Its seed, its any_base and its names.
         options: Its options.
 
     Raises:
         ConfigError: If a setting is wrong; all at once.
         AdapterError: If the adapters do not fit each other; all at once.
     """
-    seed, any_base = more
+    seed, any_base, given = more
+    names = tuple(given) if given is not None else tuple(f"adapters[{place}]" for place in range(len(adapters)))
     count, by_module = len(adapters), module_weights or {}
     problems = [] if adapters else ["adapters: expected at least one, got none"]
     if method not in METHODS:
@@ -99,7 +102,7 @@ def read_request(
         problems += _pattern_problems(pattern, adapters)
     if problems:
         raise ConfigError("this combination cannot be made", problems)
-    unfit = _unfit(adapters, any_base)
+    unfit = _unfit(adapters, names, any_base)
     if unfit:
         more_lines = [f"... and {len(unfit) - _SHOWN} more"] if len(unfit) > _SHOWN else []
         raise AdapterError("these adapters cannot be combined", unfit[:_SHOWN] + more_lines)
@@ -116,6 +119,7 @@ def read_request(
         density=float(density),
         space=str(options.get("space", "full")),
         trained=str(options.get("trained", TRAINED[0])),
+        names=names,
     )
 
 
@@ -163,9 +167,8 @@ def _pattern_problems(pattern: str, adapters: Sequence[Adapter]) -> list[str]:
     return [f"module_weights[{pattern!r}]: stands for none of {len(paths)} modules{did_you_mean(pattern, leaves)}"]
 
 
-def _unfit(adapters: Sequence[Adapter], any_base: bool) -> list[str]:
+def _unfit(adapters: Sequence[Adapter], names: Sequence[str], any_base: bool) -> list[str]:
     """Return why adapters cannot become one: a line for each thing."""
-    names = names_of(len(adapters))
     problems = [line for name, adapter in zip(names, adapters, strict=True) for line in dora_problems(adapter, name)]
     begins = [adapter.config.invocation_tokens for adapter in adapters]
     if len(set(begins)) > 1:
@@ -185,16 +188,6 @@ def _unfit(adapters: Sequence[Adapter], any_base: bool) -> list[str]:
             told = "; ".join(f"{name}: {' '.join(map(str, one))}" for name, one in layouts.items())
             problems.append(f"{path}: made for different layers: {told}")
     return problems
-
-
-def names_of(count: int) -> list[str]:
-    """Return what errors call so many adapters: values have no names, so their places.
-
-    Example:
-        >>> names_of(2)
-        ['adapters[0]', 'adapters[1]']
-    """
-    return [f"adapters[{place}]" for place in range(count)]
 
 
 def _base_problems(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:

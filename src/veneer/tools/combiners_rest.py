@@ -16,7 +16,7 @@ from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.peft_layout import targets_of
 from veneer.names import matches_suffix
-from veneer.tools.combiners_request import LINEAR, Request, names_of
+from veneer.tools.combiners_request import LINEAR, Request
 from veneer.tools.stacks import plain_config
 
 _CLOSE = 1e-9
@@ -108,7 +108,7 @@ def _one_of(
         summed = sum(weight * value.double() for weight, value in zip(weights, held, strict=True))
         assert isinstance(summed, Tensor)
         return summed.to(held[0].dtype)
-    names = [name for name, value in zip(names_of(len(values)), values, strict=True) if value is not None]
+    names = [name for name, value in zip(request.names, values, strict=True) if value is not None]
     why = "their values differ" if everywhere else "their tokens or shapes differ"
     if len(held) < len(values):
         why = f"only {', '.join(names)} have it"

@@ -15,6 +15,7 @@ from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError, ConfigError
 from veneer.files.peft_values import MAX_RANK
 from veneer.ops.low_rank import balanced, svd_of_product
+from veneer.tools.made_card import made_card
 from veneer.tools.stacks import (
     Closeness,
     built,
@@ -63,6 +64,11 @@ class Resizing:
         """Return what was done and how near it is as plain values."""
         made = {"digest": self.adapter.digest, "of": self.source, "asked": dict(self.asked)}
         return {**made, **closeness_json(self.modules)}
+
+    def card(self, name: str) -> str:
+        """Return the README of the adapter; the name says where the one before came from."""
+        rows = [{"adapter": name, "digest": f"`{self.source}`"}]
+        return made_card(self.adapter, "Resized from another adapter.", rows, self.asked, self.total)
 
 
 def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None, spread: bool = False) -> Resizing:

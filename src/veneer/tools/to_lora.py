@@ -45,6 +45,7 @@ class Conversion:
         errors: Module path to ‖B A − delta‖ / ‖delta‖ in the Frobenius norm, rounding to float32 included.
 
     Example:
+        >>> from veneer.config import LoRAConfig
         >>> pair = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
         >>> Conversion(Adapter({"q": pair, "v": pair}, LoRAConfig(rank=1)), {"q": 1e-8, "v": 0.2}).worst
         0.2
@@ -79,6 +80,7 @@ def to_lora(other: OtherAdapter, *, rank: int | None = None) -> Conversion:
         method has no factors of less than the layer's own rank, which takes its singular value decomposition.
 
     Example:
+        >>> from veneer.config import LoRAConfig
         >>> from veneer.files.peft_adalora import ADALORA
         >>> parts = {"lora_A": torch.eye(2, 3), "lora_B": torch.eye(4, 2), "lora_E": torch.tensor([[3.0], [4.0]])}
         >>> update = ModuleUpdate(ADALORA, parts, scaling=0.5, shape=(4, 3))
@@ -171,6 +173,7 @@ def dora_to_lora(adapter: Adapter, read_weight: Callable[[str], Tensor], *, rank
         for one weight in float64 three times.
 
     Example:
+        >>> from veneer.config import LoRAConfig
         >>> pair = LowRank(torch.zeros(1, 2), torch.zeros(2, 1), 1.0, magnitude=torch.tensor([2.0, 1.0]))
         >>> dora = Adapter({"q": pair}, LoRAConfig(rank=1, target_modules=["q"], use_dora=True))
         >>> dora_to_lora(dora, lambda path: torch.eye(2), rank=1).adapter.modules["q"].delta().tolist()
