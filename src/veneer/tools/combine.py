@@ -204,8 +204,13 @@ def _cut(pairs: Sequence[LowRank], weights: Sequence[float], rank: int) -> tuple
     found, norms = [], []
     stacks = list(zip(*(stack_of(pair) for pair in pairs), strict=True))
     for matrices in stacks:
-        B_OR = torch.cat([B * weight for (B, _), weight in zip(matrices, weights, strict=True)], 1)
-        U, S, V = svd_of_product(B_OR, torch.cat([A for _, A in matrices], 0))
+        weighted = [(B * weight, A) for (B, A), weight in zip(matrices, weights, strict=True)]
+        B_OR, A_RI = torch.cat([B for B, _ in weighted], 1), torch.cat([A for _, A in weighted], 0)
+        U, S, V = svd_of_product(B_OR, A_RI)
+        # Where updates cancel, what is left of them is rounding: nothing to keep ranks for.
+        floor = sum(product_norm(B, A) for B, A in weighted) * sum(B_OR.shape) * torch.finfo(torch.float64).eps
+        count = int((floor < S).sum())
+        U, S, V = U[:, :count], S[:count], V[:count]
         found.append(balanced(U, S, V, rank_of_each(pairs[0].form, rank, len(stacks))))
         norms.append(torch.linalg.vector_norm(S).item())
     return built(pairs[0], found, norms, sum(pair.rank for pair in pairs))

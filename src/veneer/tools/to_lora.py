@@ -34,6 +34,7 @@ from veneer.tools.stacks import built, plain_config, scaled_config
 
 MAX_DENSE = 1 << 28
 MAX_VALUES = 1 << 29
+_WITH_MAGNITUDES = ("linear", "transposed", "embedding", "conv", "conv_across")
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ def dora_to_lora(adapter: Adapter, read_weight: Callable[[str], Tensor], *, rank
 
 def _without_magnitude(pair: LowRank, magnitude: Tensor, weight: Tensor, rank: int) -> tuple[LowRank, float]:
     """Return a module's factors and their relative error."""
+    if pair.form not in _WITH_MAGNITUDES:
+        raise AdapterError(f"a magnitude on factors of form {pair.form!r} is not converted")
     total, weight = pair.delta(), weight.double()
     if total.shape != weight.shape:
         raise AdapterError(f"expected a weight of shape {tuple(total.shape)} from the base, got {tuple(weight.shape)}")
@@ -225,10 +228,8 @@ def _matrices(pair: LowRank, delta: Tensor) -> list[Tensor]:
     """Return the matrices, (out, in), that hold all values of an update: the products of `factors.as_matrices`."""
     if pair.form in ("embedding", "transposed"):
         return [delta.T]
-    if pair.form in ("linear", "attention_in", "attention_out", "parameter"):
-        return [delta]
     if pair.form not in ("conv", "conv_across"):
-        raise AdapterError(f"a magnitude on factors of form {pair.form!r} is not converted")
+        return [delta]
     return list(delta.flatten(1).unflatten(0, (conv_groups(pair.lora_A, pair.lora_B), -1)))
 
 
