@@ -65,9 +65,11 @@ def test_a_small_matrix_gets_its_own_decomposition(rank, rows):
     assert found.dropped == pytest.approx(expected.dropped, abs=1e-10)
 
 
+@pytest.mark.parametrize("held", [0, 1 << 20])
 @pytest.mark.parametrize("shape", [(90, 40), (40, 90)])
-def test_a_large_one_is_met_by_blocks_and_its_error_measured(monkeypatch, shape):
+def test_a_large_one_is_met_by_blocks_and_its_error_measured(monkeypatch, shape, held):
     monkeypatch.setattr(low_rank, "MAX_EXACT_VALUES", 100)
+    monkeypatch.setattr(low_rank, "MAX_HELD_VALUES", held)
     # A spectrum that falls, noise that does not.
     matrix = (
         random(shape[0], 6) @ torch.diag(torch.logspace(2, 0, 6, dtype=torch.float64)) @ random(6, shape[1], seed=1)
@@ -82,6 +84,7 @@ def test_a_large_one_is_met_by_blocks_and_its_error_measured(monkeypatch, shape)
     found, exact = best_of_rows(RowBlocks(shape, block, 16), 5), balanced(*svd(matrix), 5)
     assert found.rank == 5
     assert max(asked) <= 16
+    assert sum(asked) == shape[0] * (3 if held else 11)
     measured = torch.linalg.vector_norm(matrix - found.B_OR @ found.A_RI).item()
     assert found.dropped == pytest.approx(measured, rel=1e-12)
     assert exact.dropped <= found.dropped * (1 + 1e-12) <= exact.dropped * 1.001

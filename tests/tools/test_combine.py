@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.peft_methods import net
 from tests.tools.algebra import FORM_SHAPES, adapter_of, pair_of, relative
 
 import veneer
@@ -158,6 +159,30 @@ def test_what_is_made_is_written_read_and_attached(tiny, tmp_path, rank):
         for path, pair in made.modules.items():
             model.get_submodule(path).weight += pair.delta().float()
     assert torch.allclose(found, model(ids).logits, atol=1e-4)
+
+
+def test_peft_loads_what_is_made_and_does_the_same(tmp_path):
+    paths = ["layers.0.q", "layers.0.v", "layers.1.k"]
+    base = net()
+    shapes = {path: base.get_submodule(path).weight.shape for path in paths}
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(path, rank, scaling):
+        out, inputs = shapes[path]
+        A, B = torch.randn(rank, inputs, generator=generator), torch.randn(out, rank, generator=generator)
+        return LowRank(A, B, scaling)
+
+    a = adapter_of(**{path: drawn(path, 2, 0.5) for path in paths[:2]})
+    b = adapter_of(**{path: drawn(path, 3, 2.0) for path in paths[1:]})
+    for name, arguments in (("exact", {}), ("cut", {"rank": 2}), ("ties", {"method": "ties", "rank": 3})):
+        made = combine([a, b], [1.0, -0.3], **arguments).adapter
+        veneer.save_adapter(made, tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = PeftModel.from_pretrained(net(), str(tmp_path / name))
+        for path in paths:
+            theirs = loaded.base_model.model.get_submodule(path).get_delta_weight("default")
+            assert relative(theirs, made.modules[path].delta()) < 1e-6
 
 
 def test_attention_projections_of_different_ranks_are_written_together(tmp_path):

@@ -10,6 +10,7 @@ from peft.utils import merge_utils
 from tests.tools.algebra import FORM_SHAPES, adapter_of, pair_of, relative
 
 from veneer.adapter import LowRank
+from veneer.errors import AdapterError
 from veneer.ops import low_rank
 from veneer.ops.low_rank import RowBlocks
 from veneer.tools.combine import combine
@@ -197,3 +198,13 @@ def test_large_updates_are_streamed_and_nearly_the_best(monkeypatch):
     least = (torch.linalg.vector_norm(values[4:]) / torch.linalg.vector_norm(values)).item()
     assert least <= one.error * (1 + 1e-9)
     assert one.error < 1.01 * least
+
+
+@pytest.mark.parametrize("space", sorted(SPACES))
+def test_what_is_not_finite_is_an_error_and_not_a_crash(monkeypatch, space):
+    for exact in (1 << 20, 1):
+        monkeypatch.setattr(low_rank, "MAX_EXACT_VALUES", exact)
+        for value in (float("inf"), float("nan")):
+            bad = adapter_of(at=LowRank(torch.full((1, 2), value), torch.ones(3, 1), 1.0))
+            with pytest.raises(AdapterError, match="at: its"):
+                combine([bad, bad], method="ties", space=space)

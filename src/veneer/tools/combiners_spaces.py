@@ -28,8 +28,9 @@ def in_full(pairs: Sequence[tuple[Tensor, Tensor]], merge: Merge, rank: int | No
     Equals `merge([B @ A for B, A in pairs])` and its best approximation of the rank.
 
     Cost:
-        13 passes over the update and two for each threshold, n · O · I · R_i operations each; memory for a block of
-        rows of each adapter.
+        The result is computed by blocks of rows four times (twelve where it is too large for `best_of_rows` to hold a
+        copy), each update twice more for its threshold: n · O · I · R_i operations each time. Memory for a block of
+        rows of each adapter, and that copy.
     """
     shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
     rows = block_rows(shape[1])

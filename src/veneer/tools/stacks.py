@@ -86,12 +86,18 @@ def closeness_json(modules: Mapping[str, Closeness]) -> dict[str, object]:
 def stack_of(pair: LowRank) -> list[tuple[Tensor, Tensor]]:
     """Return B (O, R) times the scaling and A (R, I) of each matrix of a module, in float64.
 
+    Raises:
+        AdapterError: If a value is not finite: a rule that compares would leave it out in silence.
+
     Example:
         >>> [(B.tolist(), A.tolist()) for B, A in stack_of(LowRank(torch.ones(1, 2), torch.ones(1, 1), 0.5))]
         [([[0.5]], [[1.0, 1.0]])]
     """
-    A_MRI, B_MOR = as_matrices(pair.form, pair.lora_A.double(), pair.lora_B.double())
-    return list(zip(B_MOR * pair.scaling, A_MRI, strict=True))
+    scaled = pair.lora_B.double() * pair.scaling
+    if not bool(torch.isfinite(pair.lora_A).all() and torch.isfinite(scaled).all()):
+        raise AdapterError("its factors are not finite")
+    A_MRI, B_MOR = as_matrices(pair.form, pair.lora_A.double(), scaled)
+    return list(zip(B_MOR, A_MRI, strict=True))
 
 
 def rank_of_each(form: str, rank: int, count: int) -> int:
