@@ -137,6 +137,7 @@ def main() -> None:
         pipes[name], theirs = spawn.Pipe()
         os.environ.update(KEPT if "kept" in name else {})
         spawn.Process(target=serve, args=(name, arguments.rank, theirs), daemon=True).start()
+        theirs.close()  # so that a contender that dies ends the wait for it
         results[name] = {"loaded_bytes": pipes[name].recv(), "seconds": [], "losses": []}
         for variable in KEPT:
             os.environ.pop(variable, None)

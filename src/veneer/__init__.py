@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
+    from veneer.tools.combine import Combination, combine
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_record import MergeRecord
+    from veneer.tools.resize import Resizing, resize
     from veneer.tools.summarize import Summary, summarize
-    from veneer.tools.to_lora import Conversion, to_lora
+    from veneer.tools.to_lora import Conversion, dora_to_lora, to_lora
     from veneer.train.initialise import observe
     from veneer.train.loop import TrainResult
     from veneer.train.run import finetune, run
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "veneer.adapter",
     "AdapterMetadata": "veneer.adapter",
+    "Combination": "veneer.tools.combine",
     "Conversion": "veneer.tools.to_lora",
     "DataConfig": "veneer.config",
     "Evaluation": "veneer.scoring.evaluate",
@@ -53,6 +56,7 @@ _HOME = {
     "OtherAdapter": "veneer.files.peft_other",
     "Plan": "veneer.nn.plan",
     "PreparedRows": "veneer.scoring.evaluate",
+    "Resizing": "veneer.tools.resize",
     "RunConfig": "veneer.config",
     "SamplingConfig": "veneer.config",
     "Source": "veneer.base.source",
@@ -65,9 +69,11 @@ _HOME = {
     "check_rows": "veneer.data.rows",
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
+    "combine": "veneer.tools.combine",
     "current_adapter": "veneer.nn.attach",
     "detach": "veneer.nn.attach",
     "disabled": "veneer.nn.attach",
+    "dora_to_lora": "veneer.tools.to_lora",
     "evaluate": "veneer.scoring.evaluate",
     "find_source": "veneer.base.source",
     "finetune": "veneer.train.run",
@@ -88,6 +94,7 @@ _HOME = {
     "read_prompts": "veneer.data.rows",
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
+    "resize": "veneer.tools.resize",
     "run": "veneer.train.run",
     "run_demo": "veneer.demo.run",
     "save_adapter": "veneer.files.peft",
@@ -99,6 +106,7 @@ _HOME = {
 __all__ = [
     "Adapter",
     "AdapterMetadata",
+    "Combination",
     "Conversion",
     "DataConfig",
     "Evaluation",
@@ -108,6 +116,7 @@ __all__ = [
     "OtherAdapter",
     "Plan",
     "PreparedRows",
+    "Resizing",
     "RunConfig",
     "SamplingConfig",
     "Source",
@@ -121,9 +130,11 @@ __all__ = [
     "check_rows",
     "check_storage",
     "check_template",
+    "combine",
     "current_adapter",
     "detach",
     "disabled",
+    "dora_to_lora",
     "evaluate",
     "find_source",
     "finetune",
@@ -144,6 +155,7 @@ __all__ = [
     "read_prompts",
     "read_rows",
     "read_run_file",
+    "resize",
     "run",
     "run_demo",
     "save_adapter",

@@ -14,7 +14,7 @@ import pytest
 import veneer
 from veneer.cli import main as cli
 
-VERBS = ("train", "eval", "generate", "show", "demo")
+VERBS = ("train", "eval", "generate", "show", "combine", "resize", "demo")
 HEAVY = ("torch", "transformers", "matplotlib", "numpy", "yaml", "veneer.config")
 
 

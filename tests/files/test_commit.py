@@ -375,3 +375,21 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     with pytest.raises(DamagedArtefactError, match="a: expected SHA-256"):
         commit_folder(tmp_path / "wrong", lambda folder: write(folder, b"hallo"), kind="x")
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_a_folder_is_committed_where_no_thread_can_be_started(tmp_path, monkeypatch, started):
+    """Memory may be too short for the stack of one; what a run saves then is what it goes on from."""
+    left, start = [started], threading.Thread.start
+
+    def refuse(thread):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    contents = {f"{n}.bin": bytes([n]) * 1000 for n in range(4)}
+    expected = commit_folder(tmp_path / "one", contents, kind="example")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert commit_folder(tmp_path / "other", contents, kind="example") == expected
+    assert verify_folder(tmp_path / "other") == expected

@@ -12,13 +12,13 @@ from peft.tuners.lokr.layer import factorization as peft_factorization
 from tests.peft_methods import CONVOLUTIONS, LINEAR, Convolutions, deltas, net, randomized, saved, shapes
 
 from veneer.errors import AdapterError
-from veneer.files.peft_factors import balanced, khatri_rao, svd, svd_of_product
 from veneer.files.peft_folder import CONFIG, TENSORS
 from veneer.files.peft_lokr import LOKR, factorization
 from veneer.files.peft_method import ModuleUpdate
 from veneer.files.peft_other import METHODS, read_other
 from veneer.files.strict_json import dump_json
 from veneer.files.tensors import dump_tensors, parse_tensors
+from veneer.ops.low_rank import balanced, khatri_rao, svd, svd_of_product
 
 PREFIX = "base_model.model."
 

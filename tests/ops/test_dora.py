@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.ops import reference
-from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm, weight_norm2
+from veneer.ops.dora import column_dots, dora_linear, folds, magnitude_ratio, product_norm, weight_norm2
 
 sizes = st.integers(1, 7)
 
@@ -33,19 +33,34 @@ def test_a_row_that_is_cancelled_stays_zero():
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_the_reference_with_gradients(with_bias):
-    tensors = draw(0, (5, 3), (4, 3), (4,), (2, 3), (4, 2), (4,), (5, 4))
-    x, W, bias, A, B, ratio = (one.requires_grad_() for one in tensors[:6])
+@pytest.mark.parametrize(("rows", "ratio", "folded"), [(300, None, True), (5, 0.0, False), (1, None, False)])
+def test_equals_the_reference_with_gradients(with_bias, rows, ratio, folded):
+    """Folded into the weight or beside it; a ratio of zero has a gradient too."""
+    *tensors, weights = draw(0, (rows, 3), (4, 3), (4,), (2, 3), (4, 2), (4,), (rows, 4))
+    if ratio is not None:
+        tensors[5][1] = ratio
+    x, W, bias, A, B, ratio_O = (one.requires_grad_() for one in tensors)
+    assert folds(rows, W, ratio_O) is folded
     chosen = bias if with_bias else None
-    wanted = [x, W, *([bias] if with_bias else []), A, B, ratio]
+    wanted = [x, W, *([bias] if with_bias else []), A, B, ratio_O]
     grads = []
     for function in (dora_linear, reference.dora_linear):
-        out = function(x, W, chosen, A, B, 0.7, ratio)
-        grads.append([out, *torch.autograd.grad((out * tensors[6]).sum(), wanted)])
+        out = function(x, W, chosen, A, B, 0.7, ratio_O)
+        grads.append([out, *torch.autograd.grad((out * weights).sum(), wanted)])
+    assert grads[0][-1].all()
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_gradients_by_differences():
-    x, W, bias, A, B, ratio = (one.requires_grad_() for one in draw(1, (3, 2), (3, 2), (3,), (2, 2), (3, 2), (3,)))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gradients_by_differences(rows):
+    shapes = (rows, 2), (3, 2), (3,), (2, 2), (3, 2), (3,)
+    x, W, bias, A, B, ratio = (one.requires_grad_() for one in draw(1, *shapes))
+    assert folds(rows, W, ratio) is (rows == 3)
     assert torch.autograd.gradcheck(lambda *inputs: dora_linear(*inputs[:5], 0.5, inputs[5]), (x, W, bias, A, B, ratio))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 300])
+def test_sums_of_products_a_few_rows_at_a_time(rows):
+    a, b = draw(2, (rows, 3), (rows, 3))
+    torch.testing.assert_close(column_dots(a, b), (a * b).sum(0))

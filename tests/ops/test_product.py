@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.ops.product import merging_pays, product, sum_product
+from veneer.ops import product as product_module
+from veneer.ops.product import IN_PASSING, merging_pays, product, sum_product
 
 sizes = st.integers(0, 9)
 
@@ -20,8 +21,15 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"rows": x, "transposed": x.T.contiguous().T, "a slice": wide[:, 2:-1]}
 
 
+@pytest.mark.parametrize("by", ["onednn", "blas"])
 @given(sizes, sizes, sizes, st.booleans())
-def test_equals_a_linear_layer(rows, inputs, outputs, with_bias):
+def test_equals_a_linear_layer(by, rows, inputs, outputs, with_bias):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product_module, "_ONEDNN", torch.ops.mkldnn._linear_pointwise.default if by == "onednn" else None)
+        check_product(rows, inputs, outputs, with_bias)
+
+
+def check_product(rows, inputs, outputs, with_bias):
     x, W, bias = draw(rows, inputs), draw(outputs, inputs), draw(outputs) if with_bias else None
     expected = torch.nn.functional.linear(x, W, bias)
     for left in layouts(x).values():
@@ -54,5 +62,4 @@ def test_a_sum_over_rows():
     ],
 )
 def test_merging_pays_from_the_stated_number_of_rows(rows, shape, dtype, pays):
-    assert merging_pays(rows, torch.zeros(shape, dtype=dtype)) is pays
-    assert merging_pays(rows, shape, dtype) is pays
+    assert merging_pays(rows, shape, dtype, IN_PASSING) is pays

@@ -27,4 +27,6 @@ def test_filling_up_changes_no_loss_and_no_gradient(tiny, tokens):
         loss.backward()
         return [loss.detach(), *(one.grad for one in attachment.parameters().values())]
 
-    torch.testing.assert_close(found(32), found(1), rtol=1e-5, atol=1e-6)
+    for filled, bare in zip(found(32), found(1), strict=True):
+        # Another number of rows may be computed in another order: the last bits of sums of this size differ.
+        torch.testing.assert_close(filled, bare, rtol=1e-5, atol=1e-4 * bare.abs().max().item())

@@ -61,6 +61,9 @@ def test_another_base_is_refused_before_anything_is_written(tiny_base, tmp_path)
     LlamaForCausalLM.from_pretrained(tiny_base).apply(_shifted).save_pretrained(other)
     with pytest.raises(AdapterError, match="made for other weights"):
         merge_checkpoint(other, adapter, tmp_path / "out")
+    beside = made(other)  # the other one of two is looked at too
+    with pytest.raises(AdapterError, match="made for other weights"):
+        merge_checkpoint(other, [(beside, 1.0), (adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert merge_checkpoint(other, adapter, tmp_path / "out", any_base=True).probe.probed
 

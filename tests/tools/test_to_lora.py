@@ -1,21 +1,26 @@
 """Other methods' adapters as LoRA: the same outputs as PEFT's model, or the least error that a rank allows."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, PeftModel, VeraConfig
 from tests.peft_methods import CONVOLUTIONS, LINEAR, Convolutions, deltas, net, saved, shapes
+from tests.tools.algebra import pair_of
+from torch import nn
 
 import veneer
+from veneer.adapter import Adapter
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
+from veneer.factors import row_axes
 from veneer.files.peft_loha import LOHA
 from veneer.files.peft_lokr import LOKR
 from veneer.files.peft_method import ModuleUpdate
 from veneer.files.peft_other import OtherAdapter, read_other
 from veneer.files.peft_vera import VERA
-from veneer.tools.to_lora import to_lora
+from veneer.tools.to_lora import dora_to_lora, to_lora
 
 X = torch.linspace(-2, 2, 30).reshape(5, 6)
 
@@ -214,3 +219,74 @@ def test_metadata_and_what_trained_whole_go_along(tmp_path):
     assert adapter.metadata == other.metadata
     assert set(adapter.trained) == {"layers.0.q.bias", "score.weight", "score.bias"}
     assert (adapter.config.bias, adapter.config.modules_to_save) == ("lora_only", ("score",))
+
+
+def dora_pair(form, seed, rank=2):
+    """A pair with a magnitude, and a weight that it fits."""
+    pair = pair_of(form, rank, seed, 0.3)
+    weight = torch.randn(pair.delta().shape, generator=torch.Generator().manual_seed(seed + 50))
+    out_features = pair.sizes[0]
+    return replace(pair, magnitude=torch.linspace(0.5, 2.0, out_features)), weight
+
+
+def dora_update(pair, weight):
+    """What a pair with a magnitude adds to a weight, by the formula."""
+    total = weight.double() + pair.delta()
+    axes = row_axes(pair.form, total.ndim)
+    shape = [1 if axis in axes else size for axis, size in enumerate(total.shape)]
+    norm = total.square().sum(axes, keepdim=True).sqrt()
+    return pair.magnitude.double().reshape(shape) * total / norm - weight.double()
+
+
+@pytest.mark.parametrize("form", ["linear", "transposed", "embedding", "conv", "conv_across"])
+@pytest.mark.parametrize("rank", [2, 18])
+def test_dora_becomes_the_nearest_lora(form, rank):
+    pair, weight = dora_pair(form, 1)
+    adapter = Adapter({"at": pair, "plain": pair_of("linear", 2, 3)}, LoRAConfig(rank=2, use_dora=True))
+    found = dora_to_lora(adapter, {"at": weight}.__getitem__, rank=rank)
+    expected, new = dora_update(pair, weight), found.adapter.modules["at"]
+    measured = (torch.linalg.vector_norm(new.delta() - expected) / torch.linalg.vector_norm(expected)).item()
+    assert (new.magnitude, new.form, found.adapter.config.use_dora) == (None, form, False)
+    assert found.errors["at"] == pytest.approx(measured, rel=1e-5, abs=2e-7)
+    if form == "linear":
+        assert measured == pytest.approx(best(expected, rank), rel=1e-5, abs=2e-7)
+    if rank == 18:  # all there is
+        assert measured < 1e-6
+    assert found.errors["plain"] == 0.0
+    assert found.adapter.modules["plain"].delta().equal(adapter.modules["plain"].delta())
+
+
+def test_a_dora_model_and_its_lora_give_the_same_outputs(tiny, tmp_path):
+    model = tiny()
+    weights = {path: module.weight.clone() for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    veneer.attach(model, LoRAConfig(rank=2, use_dora=True, target_modules=["q_proj", "down_proj"]), seed=0)
+    fresh = veneer.detach(model)
+    trained = {
+        path: replace(pair, lora_B=torch.randn_like(pair.lora_B) * 0.1, magnitude=pair.magnitude * 1.1)
+        for path, pair in fresh.modules.items()
+    }
+    dora, ids = replace(fresh, modules=trained), torch.arange(10).reshape(1, 10)
+    veneer.attach(model, dora)
+    expected = model(ids).logits
+    veneer.detach(model)
+    found = dora_to_lora(dora, weights.__getitem__, rank=48)
+    veneer.save_adapter(found.adapter, tmp_path / "lora")
+    veneer.attach(model, veneer.load_adapter(tmp_path / "lora"))
+    assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+    assert found.worst < 1e-5
+
+
+def test_dora_that_cannot_be_converted_says_why():
+    pair, weight = dora_pair("linear", 1)
+    adapter = Adapter({"a": pair, "b": pair}, LoRAConfig(rank=2, use_dora=True))
+    with pytest.raises(AdapterError, match="cannot become a LoRA adapter") as caught:
+        dora_to_lora(adapter, lambda path: weight.T, rank=2)
+    assert len(caught.value.problems) == 2
+    assert "expected a weight of shape (8, 6) from the base, got (6, 8)" in caught.value.problems[0]
+    with pytest.raises(AdapterError, match="it is a LoRA adapter as it is"):
+        dora_to_lora(Adapter({"a": pair_of("linear", 1, 0)}, LoRAConfig()), lambda path: weight, rank=2)
+    with pytest.raises(AdapterError, match="rank: expected a whole number"):
+        dora_to_lora(adapter, lambda path: weight, rank=0)
+    stack = replace(pair_of("experts", 2, 0), magnitude=torch.ones(8))
+    with pytest.raises(AdapterError, match="form 'experts' is not converted"):
+        dora_to_lora(Adapter({"a": stack}, LoRAConfig()), lambda path: torch.ones(3, 8, 6), rank=2)

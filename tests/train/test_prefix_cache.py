@@ -45,7 +45,7 @@ def test_results_are_those_without_a_cache(make_run, dropout):
         for one, other in zip(ours, theirs, strict=True):
             assert one == pytest.approx(other, rel=1e-4), place
         assert {path.name for path in folder.iterdir()} == {
-            *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter")
+            *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter", ".lock")
         }
         for name, tensor in results["off"].adapter.tensors().items():
             torch.testing.assert_close(result.adapter.tensors()[name], tensor, rtol=1e-3, atol=1e-5)

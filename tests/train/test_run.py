@@ -43,7 +43,7 @@ def test_a_run_leaves_all_that_is_promised_and_learns(make_run):
     result = run(config)
     folder = Path(config.out)
     assert {path.name for path in folder.iterdir()} == {
-        *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter")
+        *("run.yaml", "plan.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter", ".lock")
     }
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         *("adapter_model.safetensors", "adapter_config.json", "README.md", "MANIFEST.json")

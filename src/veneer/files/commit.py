@@ -242,11 +242,17 @@ def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem)
     """Write contents; other threads hash them meanwhile, in memory: they never meet the disk."""
     _check_names(contents)
     with ThreadPoolExecutor(2) as hashing:
-        records = {name: hashing.submit(record_content, contents[name]) for name in sorted(contents)}
+        try:
+            pending = {name: hashing.submit(record_content, contents[name]) for name in sorted(contents)}
+        except RuntimeError:  # no room for a thread's stack: where memory is short, what is saved is needed
+            pending = {}
         for name, content in contents.items():
             fs.make_parents((folder / name).parent)
             fs.write_bytes(folder / name, content)
-        return {name: record.result() for name, record in records.items()}
+        return {
+            name: pending[name].result() if name in pending else record_content(contents[name])
+            for name in sorted(contents)
+        }
 
 
 def _fill_by_function(folder: Path, write: Callable[[Path], Written], fs: FileSystem) -> dict[str, FileRecord]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.files.peft_factors import Factors
 from veneer.files.peft_method import Method, Parts
 from veneer.files.peft_values import MAX_ENTRIES, number, show
 from veneer.names import did_you_mean
+from veneer.ops.low_rank import Factors
 
 _RANK = 12
 _ALPHA = 8

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.files.peft_factors import Factors, khatri_rao, require_affordable
 from veneer.files.peft_method import Layout, Method, Parts, by_patterns
 from veneer.files.peft_values import choice, number, pattern
+from veneer.ops.low_rank import Factors, khatri_rao, require_affordable
 
 _RANK = 8
 _ALPHA = 8

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.files.peft_factors import Factors, require_affordable, svd, svd_of_product
 from veneer.files.peft_loha import lycoris_settings
 from veneer.files.peft_method import Layout, Method, Parts, by_patterns
 from veneer.files.peft_values import choice, show
+from veneer.ops.low_rank import Factors, require_affordable, svd, svd_of_product
 
 _NEAR_ROOT = -1
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError
 from veneer.files.patterns import resolve
-from veneer.files.peft_factors import Factors
+from veneer.ops.low_rank import Factors
 
 Layout = Mapping[str, tuple[str, ...]]
 """Name of a tensor to the names of its dimensions; `r` is the rank, `1` is of size one."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.files.peft_factors import Factors, require_affordable
 from veneer.files.peft_method import Method, Parts, Raw
 from veneer.files.peft_values import choice, number, show
+from veneer.ops.low_rank import Factors, require_affordable
 
 _RANK = 256
 _OWN = ("vera_lambda_b", "vera_lambda_d")

@@ -11,7 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
 from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient, up_gradient
-from veneer.ops.product import merging_pays, product, sum_product
+from veneer.ops.product import IN_PASSING, merging_pays, product, sum_product
+
+_LEAST_RATIO = 1e-12
+_ROWS = 128
+_PANEL = 1 << 18
+"""Numbers of a weight that are formed at a time: 1 MB in float32."""
 
 
 def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -70,8 +75,83 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
     return torch.where(norm_O > 0, magnitude_O / torch.where(norm_O > 0, norm_O, 1.0), 0.0)
 
 
+def folds(num_rows: int, W_OI: Tensor, ratio_O: Tensor) -> bool:
+    """Tell whether the ratio is multiplied into the merged weight: no pass over the outputs, forward or backward.
+
+    The gradient of the ratio is then taken from the output itself, divided by the ratio, which must not be zero nearly.
+    To ask costs a look at (O,), for which a GPU would have to be waited for, and a compiler to stop.
+    """
+    if W_OI.device.type != "cpu" or torch.compiler.is_compiling() or not _merging_pays(num_rows, W_OI):
+        return False
+    return bool(ratio_O.abs().min() > _LEAST_RATIO)
+
+
+def column_dots(a_NO: Tensor, b_NO: Tensor) -> Tensor:
+    """Return `(a * b).sum(0)`, a few rows at a time, so that their product stays in the cache.
+
+    Example:
+        >>> column_dots(torch.ones(300, 2), torch.ones(300, 2)).tolist()
+        [300.0, 300.0]
+    """
+    pairs = zip(a_NO.split(_ROWS), b_NO.split(_ROWS), strict=True)
+    return torch.stack([torch.linalg.vecdot(a_PO, b_PO, dim=0) for a_PO, b_PO in pairs]).sum(0)
+
+
+def _merging_pays(num_rows: int, W_OI: Tensor) -> bool:
+    return merging_pays(num_rows, W_OI.shape, W_OI.dtype, IN_PASSING)
+
+
+def _scaled_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor) -> Tensor:
+    """Return `ratio · (W + s B A)`, some rows at a time, so that they are scaled while they are in the cache."""
+    if not W_OI.is_contiguous():
+        return merged_weight(W_OI, A_RI, B_OR, scaling).mul_(ratio_O[:, None])
+    out_OI = torch.empty_like(W_OI)
+    rows = max(1, _PANEL // W_OI.shape[1])
+    parts = zip(*(one.split(rows) for one in (W_OI, B_OR, ratio_O, out_OI)), strict=True)
+    for W_PI, B_PR, ratio_P, out_PI in parts:
+        torch.addmm(W_PI, B_PR, A_RI, alpha=scaling, out=out_PI).mul_(ratio_P[:, None])
+    return out_OI
+
+
+class _FoldedDoRALinear(torch.autograd.Function):
+    """Saves the input and the output without bias, which is the output where there is none; see `dora_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        W_OI: Tensor,
+        bias_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scaling: float,
+        ratio_O: Tensor,
+    ) -> Tensor:
+        v_NO = product(x_NI, _scaled_weight(W_OI, A_RI, B_OR, scaling, ratio_O))
+        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, v_NO)
+        ctx.scaling = scaling
+        return v_NO if bias_O is None else v_NO + bias_O
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, W_OI, A_RI, B_OR, ratio_O, v_NO = ctx.saved_tensors
+        needs_x, needs_W, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
+        dx_NI = dA_RI = dB_OR = dW_OI = None
+        if needs_x:
+            dx_NI = product(dy_NO, _scaled_weight(W_OI, A_RI, B_OR, ctx.scaling, ratio_O).T)
+        if needs_A:
+            dA_RI = sum_product(rank_gradient(dy_NO, B_OR * ratio_O[:, None], ctx.scaling), x_NI)
+        if needs_B:
+            dB_OR = up_gradient(product(x_NI, A_RI), dy_NO, ctx.scaling) * ratio_O[:, None]
+        if needs_W:
+            dW_OI = (dy_NO.T @ x_NI).mul_(ratio_O[:, None])
+        dratio_O = column_dots(dy_NO, v_NO) / ratio_O if needs_ratio else None
+        return dx_NI, dW_OI, dy_NO.sum(0) if needs_bias else None, dA_RI, dB_OR, None, dratio_O
+
+
 class _DoRALinear(torch.autograd.Function):
-    """Saves the input and the output without bias; see `dora_linear`."""
+    """Saves the input and the output without bias, before the ratio; see `dora_linear`."""
 
     @staticmethod
     def forward(
@@ -83,7 +163,7 @@ class _DoRALinear(torch.autograd.Function):
         scaling: float,
         ratio_O: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if merging_pays(x_NI.shape[0], W_OI):
+        if _merging_pays(x_NI.shape[0], W_OI):
             u_NO = product(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling))
         else:
             u_NO = product(x_NI, W_OI).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
@@ -101,13 +181,13 @@ class _DoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy_NO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, W_OI, A_RI, B_OR, ratio_O, u_NO = ctx.saved_tensors
         needs_x, needs_W, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
-        dratio_O = torch.linalg.vecdot(dy_NO, u_NO, dim=0) if needs_ratio else None
+        dratio_O = column_dots(dy_NO, u_NO) if needs_ratio else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
         du_NO = dy_NO * ratio_O
         dz_NR = rank_gradient(du_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = input_product(du_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = up_gradient(x_NI, du_NO, A_RI, ctx.scaling) if needs_B else None
+        dB_OR = up_gradient(product(x_NI, A_RI), du_NO, ctx.scaling) if needs_B else None
         dW_OI = du_NO.T @ x_NI if needs_W else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None, dratio_O
 
@@ -134,7 +214,8 @@ def dora_linear(
         Tensor (N, O), dtype of `x`. Differentiable once.
 
     Cost:
-        As `ops.lora.lora_linear`, and two passes over (N, O); one (N, O) tensor is kept for the magnitude's gradient.
+        As `ops.lora.lora_linear`; where rows are many on a CPU, one pass over (N, O) more, for the magnitude's
+        gradient, and what is kept for it is the output itself, but for the bias. Else three, and an (N, O) tensor.
 
     Example:
         >>> x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.zeros(4, 1)
@@ -149,4 +230,7 @@ def dora_linear(
         out_NO = reference.lora_linear(x_NI, W_OI, None, A_RI, B_OR, scaling)
         out_NO = ratio_O.to(out_NO.dtype) * out_NO
         return out_NO if bias_O is None else out_NO + bias_O.to(out_NO.dtype)
-    return _DoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O.to(x_NI.dtype))[0]
+    ratio_O = ratio_O.to(x_NI.dtype)
+    if folds(x_NI.shape[0], W_OI, ratio_O):
+        return _FoldedDoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O)
+    return _DoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O)[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.lora import merged_weight
-from veneer.ops.product import merging_pays, product
+from veneer.ops.product import BY_ITSELF, IN_PASSING, merging_pays, product
 
 Panels = Callable[[torch.dtype], Iterator[tuple[slice, Tensor]]]
 """Yields runs of rows and those rows of the weight in a dtype; they may be written into until the next is asked for."""
@@ -39,6 +39,10 @@ class FrozenWeight:
     dense: Tensor | None = None
     panels: Panels | None = None
 
+    def merging_pays(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """Tell whether the update is cheaper merged into the weight than applied beside it."""
+        return merging_pays(num_rows, self.shape, dtype, BY_ITSELF if self.panels is None else IN_PASSING)
+
     def walk(self, dtype: torch.dtype, update: Update | None) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows of `W + s B A`, all at once where nothing needs decoding."""
         if self.dense is not None:
@@ -61,7 +65,7 @@ def apply_weight(x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, upda
         >>> apply_weight(torch.ones(1, 3), weight, None, Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)).tolist()
         [[4.5, 4.5]]
     """
-    merged = update if update is not None and merging_pays(x_NI.shape[0], weight.shape, x_NI.dtype) else None
+    merged = update if update is not None and weight.merging_pays(x_NI.shape[0], x_NI.dtype) else None
     y_NO: Tensor | None = None
     for rows, W_PI in weight.walk(x_NI.dtype, merged):
         part_NP = product(x_NI, W_PI, None if bias_O is None else bias_O[rows])
@@ -84,7 +88,7 @@ def apply_transposed(dy_NO: Tensor, weight: FrozenWeight, update: Update | None,
         >>> apply_transposed(torch.ones(1, 2), weight, None, None).tolist()
         [[2.0, 2.0, 2.0]]
     """
-    merged = update if update is not None and merging_pays(dy_NO.shape[0], weight.shape, dy_NO.dtype) else None
+    merged = update if update is not None and weight.merging_pays(dy_NO.shape[0], dy_NO.dtype) else None
     dx_NI: Tensor | None = None
     for rows, W_PI in weight.walk(dy_NO.dtype, merged):
         part_NI = product(dy_NO[:, rows], W_PI.T)

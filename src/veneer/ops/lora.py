@@ -34,19 +34,20 @@ def merged_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> T
 
 def linear_product(
     x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
-) -> Tensor:
-    """Return `x (W + s B A)ᵀ + bias` in the cheaper order; no gradient of its own.
+) -> tuple[Tensor, Tensor | None]:
+    """Return `x (W + s B A)ᵀ + bias` in the cheaper order, and `x Aᵀ` where it was formed; no gradient of its own.
 
     The large product is torch's own: while B is zero, the output is the base's, bit for bit.
     """
-    if merging_pays(x_NI.shape[0], W_OI):
-        return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O)
-    return F.linear(x_NI, W_OI, bias_O).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
+    if merging_pays(x_NI.shape[0], W_OI.shape, W_OI.dtype):
+        return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O), None
+    z_NR = product(x_NI, A_RI)
+    return F.linear(x_NI, W_OI, bias_O).addmm_(z_NR, B_OR.T, alpha=scaling), z_NR
 
 
 def input_product(dy_NO: Tensor, dz_NR: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """Return `dy (W + s B A)` in the cheaper order; `dz` is `s · dy B`."""
-    if merging_pays(dy_NO.shape[0], W_OI):
+    if merging_pays(dy_NO.shape[0], W_OI.shape, W_OI.dtype):
         return product(dy_NO, merged_weight(W_OI, A_RI, B_OR, scaling).T)
     return product(dy_NO, W_OI.T).addmm_(dz_NR, A_RI)
 
@@ -56,38 +57,39 @@ def rank_gradient(dy_NO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     return product(dy_NO, B_OR.T.contiguous()).mul_(scaling)
 
 
-def up_gradient(x_NI: Tensor, dy_NO: Tensor, A_RI: Tensor, scaling: float) -> Tensor:
-    """Return `s · dyᵀ (x Aᵀ)`, the gradient of B, shape (O, R).
-
-    x Aᵀ is computed again: 2·N·I·R operations are cheaper than keeping N·R numbers for every layer.
-    """
-    return sum_product(product(x_NI, A_RI), dy_NO).mul_(scaling).T
+def up_gradient(z_NR: Tensor, dy_NO: Tensor, scaling: float) -> Tensor:
+    """Return `s · dyᵀ z`, the gradient of B, shape (O, R); `z` is `x Aᵀ`."""
+    return sum_product(z_NR, dy_NO).mul_(scaling).T
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves the input and nothing else of size N; see `lora_linear`."""
+    """Saves the input, and `x Aᵀ` where it was formed; see `lora_linear`."""
 
     @staticmethod
     def forward(
         x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scaling: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         return linear_product(x_NI, W_OI, bias_O, A_RI, B_OR, scaling)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         x_NI, W_OI, _, A_RI, B_OR, scaling = inputs
-        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR)
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, output[1])
         ctx.scaling = scaling
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, W_OI, A_RI, B_OR = ctx.saved_tensors
+    def backward(ctx: Any, dy_NO: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_NI, W_OI, A_RI, B_OR, z_NR = ctx.saved_tensors
         needs_x, needs_W, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = input_product(dy_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = up_gradient(x_NI, dy_NO, A_RI, ctx.scaling) if needs_B else None
+        # Where weights were merged, x Aᵀ was not needed: 2·N·I·R operations are cheaper than to form it forward.
+        z_NR = product(x_NI, A_RI) if needs_B and z_NR is None else z_NR
+        dB_OR = up_gradient(z_NR, dy_NO, ctx.scaling) if needs_B else None
         dW_OI = dy_NO.T @ x_NI if needs_W else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None
@@ -114,7 +116,7 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
     Cost:
         Where rows are many, forward and input gradient are products with `W + s B A`, formed on the fly: 2·N·I·O and
         2·R·I·O operations each, and one tensor of W's size; where they are few, 2·N·R·(I + O) instead of 2·R·I·O.
-        The gradients of A and B take 4·N·R·(I + O). The only tensor of size N kept for backward is `x` itself.
+        The gradients of A and B take 4·N·R·(I + O). Kept for backward: `x` itself and, where rows are few, `x Aᵀ`.
 
     Example:
         >>> x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
@@ -128,31 +130,33 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
     if autocasting(x):
         # Autocast casts each product by itself, which a function written by hand would have to imitate.
         return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, scaling)
-    y_NO = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)
+    y_NO, _ = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
 class _AddLoRA(torch.autograd.Function):
-    """Saves the input and nothing else of size N; see `add_lora`."""
+    """Saves the input and `x Aᵀ`; see `add_lora`."""
 
     @staticmethod
-    def forward(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
-        return torch.addmm(y_NO, product(x_NI, A_RI), B_OR.T, alpha=scaling)
+    def forward(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        z_NR = product(x_NI, A_RI)
+        return torch.addmm(y_NO, z_NR, B_OR.T, alpha=scaling), z_NR
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, x_NI, A_RI, B_OR, ctx.scaling = inputs
-        ctx.save_for_backward(x_NI, A_RI, B_OR)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x_NI, A_RI, B_OR, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, A_RI, B_OR = ctx.saved_tensors
+    def backward(ctx: Any, dy_NO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, A_RI, B_OR, z_NR = ctx.saved_tensors
         needs_y, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
         dz_NR = rank_gradient(dy_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = dz_NR @ A_RI if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = up_gradient(x_NI, dy_NO, A_RI, ctx.scaling) if needs_B else None
+        dB_OR = up_gradient(z_NR, dy_NO, ctx.scaling) if needs_B else None
         return dy_NO if needs_y else None, dx_NI, dA_RI, dB_OR, None
 
 
@@ -175,4 +179,4 @@ def add_lora(y_NO: Tensor, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: fl
     """
     if y_NO.dtype != x_NI.dtype:  # a layer that answers in another dtype, or autocast
         return y_NO + reference.lora_delta(x_NI, A_RI, B_OR, scaling)
-    return _AddLoRA.apply(y_NO, x_NI, A_RI, B_OR, scaling)
+    return _AddLoRA.apply(y_NO, x_NI, A_RI, B_OR, scaling)[0]

@@ -115,7 +115,9 @@ def begin_proof(
         return None, reason
     adapter = sum_adapters(parts)
     if not any_base:
-        check_base(model, adapter, fingerprint(model))
+        own = fingerprint(model)
+        for one, _ in parts:
+            check_base(model, one, own)
     answers = _ask_both(model, adapter, found)
     del model
     gc.collect()

@@ -63,7 +63,8 @@ class Plan:
 def sum_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
     """Return the one adapter whose update is the weighted sum of several: `Σ weight · scaling · B A`, exactly.
 
-    Ranks are put side by side, scaling and weight go into lora_B in float64.
+    Ranks are put side by side, scaling and weight go into lora_B in float64. `combine` gives an adapter to keep, rounded
+    to the dtype of its factors; here nothing is rounded before the merge rounds once.
 
     Raises:
         AdapterError: If an adapter to be weighted or added has a magnitude (DoRA), or what trained whole: there is no
@@ -91,7 +92,8 @@ def sum_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
         found = [(one.modules[path], weight) for one, weight in parts if path in one.modules]
         factors = [(pair.lora_A.double(), weight * pair.scaling * pair.lora_B.double()) for pair, weight in found]
         modules[path] = LowRank(*cat_ranks(form, factors), 1.0, form)
-    metadata = parts[0][0].metadata
+    carried = dict.fromkeys(pair for one, _ in parts for pair in one.metadata.base_weights)
+    metadata = replace(parts[0][0].metadata, base_weights=tuple(carried))
     return Adapter(modules, LoRAConfig(rank=max(one.rank for one in modules.values())), metadata=metadata)
 
 

@@ -4,25 +4,37 @@ Shapes: O out, I in, R rank.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
-from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.files.patterns import scales_for
-from veneer.files.peft_factors import Factors, balanced, svd, svd_of_product
+from veneer.factors import conv_groups, row_axes
 from veneer.files.peft_method import ModuleUpdate
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.peft_values import MAX_RANK
+from veneer.ops.dora import magnitude_ratio
+from veneer.ops.low_rank import (
+    Factors,
+    RowBlocks,
+    balanced,
+    best_of_rows,
+    block_rows,
+    evened,
+    product_norm,
+    rounding,
+    svd,
+    svd_of_product,
+)
+from veneer.tools.stacks import built, plain_config, scaled_config
 
 MAX_DENSE = 1 << 28
 MAX_VALUES = 1 << 29
+_WITH_MAGNITUDES = ("linear", "transposed", "embedding", "conv", "conv_across")
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Conversion:
         errors: Module path to ‖B A − delta‖ / ‖delta‖ in the Frobenius norm, rounding to float32 included.
 
     Example:
+        >>> from veneer.config import LoRAConfig
         >>> pair = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
         >>> Conversion(Adapter({"q": pair, "v": pair}, LoRAConfig(rank=1)), {"q": 1e-8, "v": 0.2}).worst
         0.2
@@ -68,6 +81,7 @@ def to_lora(other: OtherAdapter, *, rank: int | None = None) -> Conversion:
         method has no factors of less than the layer's own rank, which takes its singular value decomposition.
 
     Example:
+        >>> from veneer.config import LoRAConfig
         >>> from veneer.files.peft_adalora import ADALORA
         >>> parts = {"lora_A": torch.eye(2, 3), "lora_B": torch.eye(4, 2), "lora_E": torch.tensor([[3.0], [4.0]])}
         >>> update = ModuleUpdate(ADALORA, parts, scaling=0.5, shape=(4, 3))
@@ -97,7 +111,7 @@ def to_lora(other: OtherAdapter, *, rank: int | None = None) -> Conversion:
             break
     if problems:
         raise AdapterError(f"this {other.method} adapter cannot become a LoRA adapter", problems)
-    return Conversion(Adapter(pairs, _config_for(pairs, other), dict(other.trained), other.metadata), errors)
+    return Conversion(Adapter(pairs, scaled_config(other.config, pairs), dict(other.trained), other.metadata), errors)
 
 
 def _convert(update: ModuleUpdate, rank: int | None) -> tuple[LowRank, float]:
@@ -110,13 +124,14 @@ def _convert(update: ModuleUpdate, rank: int | None) -> tuple[LowRank, float]:
     exact = _factors(update, rank)
     if exact.rank > MAX_RANK:
         raise AdapterError(f"takes rank {exact.rank}, at most {MAX_RANK} is read; give a rank")
-    B, A = _evened(exact)
+    even = evened(exact)
+    B, A = even.B_OR, even.A_RI
     rounded = LowRank(A.float(), B.float(), 1.0)
     if not bool(torch.isfinite(rounded.lora_A).all() and torch.isfinite(rounded.lora_B).all()):
         raise AdapterError("its update leaves the range of float32")
-    total = math.hypot(_norm(B, A), exact.dropped)
+    total = math.hypot(product_norm(B, A), exact.dropped)
     # What was left out lies at right angles to what was kept, and so to its rounding but for products of roundings.
-    error = math.hypot(_rounding(B, A, rounded), exact.dropped)
+    error = math.hypot(rounding(B, A, rounded.lora_B, rounded.lora_A), exact.dropped)
     if not math.isfinite(total + error):
         raise AdapterError("its update is not finite: products of its factors leave the range of numbers")
     return rounded, error / total if total else 0.0
@@ -138,37 +153,86 @@ def _factors(update: ModuleUpdate, rank: int | None) -> Factors:
     return found
 
 
-def _evened(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return the factors with columns of B as long as the rows of A, so that float32 holds both; rank 0 as zeros."""
-    B, A = factors.B_OR, factors.A_RI
-    if factors.rank == 0:
-        return B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
-    b_R, a_R = torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)
-    used = (b_R > 0) & (a_R > 0)
-    root_R = torch.where(used, (a_R / torch.where(used, b_R, 1.0)).sqrt(), 1.0)
-    return B * root_R, A / root_R[:, None]
+def dora_to_lora(adapter: Adapter, read_weight: Callable[[str], Tensor], *, rank: int) -> Conversion:
+    """Return the LoRA adapter nearest to one with magnitudes (DoRA), on the base whose weights are given.
+
+    A module with a magnitude m makes m · (W + s B A) / ‖W + s B A‖ of the weight W, norms over its inputs. What that
+    adds, m · (W + s B A) / ‖W + s B A‖ − W, has full rank; the best approximation of the rank is taken, and its
+    error is measured. Modules without magnitudes stay as they are.
+
+    Args:
+        adapter: The adapter.
+        read_weight: Returns the weight of the module at a path, in the shape that the module stores.
+        rank: Highest rank of a module that has a magnitude, of all groups of a convolution together.
+
+    Raises:
+        AdapterError: If no module has a magnitude, a weight has another shape, or the result is not finite; all at
+            once.
+
+    Cost:
+        Of the order of O · I · rank operations a module, times 11 where the matrix is large (`best_of_rows`); memory
+        for one weight in float64 three times.
+
+    Example:
+        >>> from veneer.config import LoRAConfig
+        >>> pair = LowRank(torch.zeros(1, 2), torch.zeros(2, 1), 1.0, magnitude=torch.tensor([2.0, 1.0]))
+        >>> dora = Adapter({"q": pair}, LoRAConfig(rank=1, target_modules=["q"], use_dora=True))
+        >>> dora_to_lora(dora, lambda path: torch.eye(2), rank=1).adapter.modules["q"].delta().tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+
+    Source:
+        Liu et al. 2024, DoRA, arXiv:2402.09353, equation 5.
+    """
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"rank: expected a whole number from 1 to {MAX_RANK}, got {rank!r}")
+    if all(pair.magnitude is None for pair in adapter.modules.values()):
+        raise AdapterError("no module of this adapter has a magnitude (DoRA): it is a LoRA adapter as it is")
+    pairs: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    problems: list[str] = []
+    for path, pair in adapter.modules.items():
+        if pair.magnitude is None:
+            pairs[path], errors[path] = replace(pair, frozen_rank=0), 0.0
+            continue
+        try:
+            pairs[path], errors[path] = _without_magnitude(pair, pair.magnitude, read_weight(path), rank)
+        except AdapterError as error:
+            problems.append(f"{path}: {error.message}")
+    if problems:
+        raise AdapterError("this DoRA adapter cannot become a LoRA adapter", problems)
+    config = scaled_config(plain_config(adapter.config), pairs)
+    return Conversion(replace(adapter, modules=pairs, config=config), errors)
 
 
-def _norm(B: Tensor, A: Tensor) -> float:
-    """Return ‖B A‖ without forming it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-    return math.sqrt(max(0.0, torch.sum((B.T @ B) * (A @ A.T)).item()))
+def _without_magnitude(pair: LowRank, magnitude: Tensor, weight: Tensor, rank: int) -> tuple[LowRank, float]:
+    """Return a module's factors and their relative error."""
+    if pair.form not in _WITH_MAGNITUDES:
+        raise AdapterError(f"a magnitude on factors of form {pair.form!r} is not converted")
+    total, weight = pair.delta(), weight.double()
+    if total.shape != weight.shape:
+        raise AdapterError(f"expected a weight of shape {tuple(total.shape)} from the base, got {tuple(weight.shape)}")
+    total += weight
+    axes = row_axes(pair.form, total.ndim)
+    norm = torch.linalg.vector_norm(total, dim=axes, keepdim=True)
+    ratio = magnitude_ratio(magnitude.double().reshape(norm.shape), norm)
+    matrices = _matrices(pair, total.mul_(ratio).sub_(weight))
+    # A convolution's groups share the rank.
+    each = max(1, rank // len(matrices))
+    found = [best_of_rows(_rows_of(one), each) for one in matrices]
+    norms = [torch.linalg.vector_norm(one).item() for one in matrices]
+    new, closeness = built(pair, found, norms, pair.rank)
+    return new, closeness.error
 
 
-def _rounding(B: Tensor, A: Tensor, rounded: LowRank) -> float:
-    """Return ‖B A − B' A'‖ without forming it, from B A − B' A' = (B − B') A + B' (A − A'): nothing cancels."""
-    B_rounded, A_rounded = rounded.lora_B.double(), rounded.lora_A.double()
-    return _norm(torch.cat([B - B_rounded, B_rounded], dim=1), torch.cat([A, A - A_rounded]))
+def _matrices(pair: LowRank, delta: Tensor) -> list[Tensor]:
+    """Return the matrices, (out, in), that hold all values of an update: the products of `factors.as_matrices`."""
+    if pair.form in ("embedding", "transposed"):
+        return [delta.T]
+    if pair.form not in ("conv", "conv_across"):
+        return [delta]
+    return list(delta.flatten(1).unflatten(0, (conv_groups(pair.lora_A, pair.lora_B), -1)))
 
 
-def _config_for(pairs: Mapping[str, LowRank], other: OtherAdapter) -> LoRAConfig:
-    """Return settings that give every module its rank and a scaling of 1."""
-    config = other.config
-    common = Counter(sorted(pair.rank for pair in pairs.values())).most_common(1)[0][0]
-    scales = scales_for(Adapter(pairs, config.model_copy(update={"rank": common, "alpha": float(common)})))
-    numbers = {
-        "rank": scales.rank,
-        "alpha": scales.alpha,
-        "rank_pattern": dict(scales.rank_pattern),
-        "alpha_pattern": dict(scales.alpha_pattern),
-    }
-    return config.model_copy(update=numbers)
+def _rows_of(matrix: Tensor) -> RowBlocks:
+    shape = (matrix.shape[0], matrix.shape[1])
+    return RowBlocks(shape, lambda start, stop: matrix[start:stop], block_rows(shape[1]))

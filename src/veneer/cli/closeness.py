@@ -1,0 +1,64 @@
+"""What `combine` and `resize` show: how near an adapter is to what was meant, by modules alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.cli.output import print_table
+from veneer.errors import OutputError
+
+if TYPE_CHECKING:
+    from veneer.adapter import Adapter
+    from veneer.tools.stacks import Closeness
+
+
+def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> None:
+    """Print ranks, kept energy and error of modules of one last name and size together."""
+    groups: dict[tuple[str, tuple[int, int]], list[Closeness]] = {}
+    for path, one in modules.items():
+        groups.setdefault((path.rpartition(".")[2], adapter.modules[path].sizes), []).append(one)
+    rows = []
+    for (name, sizes), alike in groups.items():
+        norm = sum(one.norm**2 for one in alike) ** 0.5
+        missed = sum(one.missed**2 for one in alike) ** 0.5
+        rows.append(
+            {
+                "target": name,
+                "layers": len(alike),
+                "out × in": f"{sizes[0]} × {sizes[1]}",
+                "rank before": _span([one.rank_before for one in alike]),
+                "rank": _span([one.rank for one in alike]),
+                "norm": f"{norm:.4g}",
+                "kept": share(1.0 - (missed / norm) ** 2 if norm else 1.0),
+                "error": f"{missed / norm if norm else 0.0:.2e}",
+                "worst error": f"{max(one.error for one in alike):.2e}",
+            }
+        )
+    if rows:
+        print_table("", rows, right=[name for name in rows[0] if name != "target"])
+
+
+def share(value: float) -> str:
+    """Return a share in percent that reads 100 % only where nothing shows.
+
+    Example:
+        >>> share(1.0), share(0.98765), share(0.9999999)
+        ('100.00 %', '98.77 %', '99.99 %')
+    """
+    percent = 100 * max(0.0, value)
+    return f"{min(percent, 99.99) if value < 1 - 1e-12 else percent:.2f} %"
+
+
+def require_free(out: str, overwrite: bool) -> None:
+    """Raise before any work where a folder could not be written in the end.
+
+    Raises:
+        OutputError: If it exists, and is not to be replaced.
+    """
+    if Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+
+
+def _span(numbers: "list[int]") -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least}–{most}"
