@@ -63,8 +63,8 @@ class Plan:
 def sum_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
     """Return the one adapter whose update is the weighted sum of several: `Σ weight · scaling · B A`, exactly.
 
-    Ranks are put side by side, scaling and weight go into lora_B in float64. `combine` gives an adapter to keep, rounded
-    to the dtype of its factors; here nothing is rounded before the merge rounds once.
+    Ranks are put side by side, scaling and weight go into lora_B in float64. `combine` gives an adapter to keep,
+    rounded to the dtype of its factors; here nothing is rounded before the merge rounds once.
 
     Raises:
         AdapterError: If an adapter to be weighted or added has a magnitude (DoRA), or what trained whole: there is no
