@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
+    from veneer.scoring.merge_checkpoint import merge_checkpoint
     from veneer.tools.combine import Combination, combine
+    from veneer.tools.extract import Extraction, extract
     from veneer.tools.merge import merge, unmerge
+    from veneer.tools.merge_checkpoint import merge_files
+    from veneer.tools.merge_checkpoint_record import CheckpointMerge
     from veneer.tools.merge_record import MergeRecord
     from veneer.tools.resize import Resizing, resize
     from veneer.tools.summarize import Summary, summarize
@@ -46,10 +50,12 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "veneer.adapter",
     "AdapterMetadata": "veneer.adapter",
+    "CheckpointMerge": "veneer.tools.merge_checkpoint_record",
     "Combination": "veneer.tools.combine",
     "Conversion": "veneer.tools.to_lora",
     "DataConfig": "veneer.config",
     "Evaluation": "veneer.scoring.evaluate",
+    "Extraction": "veneer.tools.extract",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
     "MergeRecord": "veneer.tools.merge_record",
@@ -75,6 +81,7 @@ _HOME = {
     "disabled": "veneer.nn.attach",
     "dora_to_lora": "veneer.tools.to_lora",
     "evaluate": "veneer.scoring.evaluate",
+    "extract": "veneer.tools.extract",
     "find_source": "veneer.base.source",
     "finetune": "veneer.train.run",
     "fingerprint": "veneer.nn.fingerprint",
@@ -85,6 +92,8 @@ _HOME = {
     "load_model": "veneer.base.load",
     "load_tokenizer": "veneer.base.load",
     "merge": "veneer.tools.merge",
+    "merge_checkpoint": "veneer.scoring.merge_checkpoint",
+    "merge_files": "veneer.tools.merge_checkpoint",
     "num_positions": "veneer.base.load",
     "observe": "veneer.train.initialise",
     "plan": "veneer.nn.plan",
@@ -106,10 +115,12 @@ _HOME = {
 __all__ = [
     "Adapter",
     "AdapterMetadata",
+    "CheckpointMerge",
     "Combination",
     "Conversion",
     "DataConfig",
     "Evaluation",
+    "Extraction",
     "LoRAConfig",
     "LowRank",
     "MergeRecord",
@@ -136,6 +147,7 @@ __all__ = [
     "disabled",
     "dora_to_lora",
     "evaluate",
+    "extract",
     "find_source",
     "finetune",
     "fingerprint",
@@ -146,6 +158,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merge",
+    "merge_checkpoint",
+    "merge_files",
     "num_positions",
     "observe",
     "plan",

@@ -14,7 +14,7 @@ import pytest
 import veneer
 from veneer.cli import main as cli
 
-VERBS = ("train", "eval", "generate", "show", "combine", "resize", "demo")
+VERBS = ("train", "eval", "generate", "show", "combine", "resize", "merge", "extract", "demo")
 HEAVY = ("torch", "transformers", "matplotlib", "numpy", "yaml", "veneer.config")
 
 

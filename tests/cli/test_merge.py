@@ -9,7 +9,6 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-import veneer
 from veneer.cli import extract, merge
 from veneer.config import LoRAConfig
 from veneer.errors import BaseModelError, ConfigError, OutputError, VeneerError
@@ -18,15 +17,8 @@ from veneer.nn.attach import attach, detach
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run():
     """Runs a verb; its output, or the error that main would print."""
-    for name, home in (
-        ("merge_checkpoint", "veneer.scoring.merge_checkpoint"),
-        ("merge_files", "veneer.tools.merge_checkpoint"),
-        ("extract", "veneer.tools.extract"),
-    ):
-        monkeypatch.setitem(veneer._HOME, name, home)
-        monkeypatch.delitem(vars(veneer), name, raising=False)
     app = typer.Typer()
     app.command("merge")(merge.merge)
     app.command("extract")(extract.extract)

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from veneer.cli import combine, demo, evaluate, generate, resize, show, train
+from veneer.cli import combine, demo, evaluate, extract, generate, merge, resize, show, train
 from veneer.errors import VeneerError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("show", epilog=show.EXAMPLE)(show.show)
 app.command("combine", epilog=combine.EXAMPLE)(combine.combine)
 app.command("resize", epilog=resize.EXAMPLE)(resize.resize)
+app.command("merge", epilog=merge.EXAMPLE)(merge.merge)
+app.command("extract", epilog=extract.EXAMPLE)(extract.extract)
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 
 
