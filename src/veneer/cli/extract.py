@@ -1,7 +1,7 @@
 """`veneer extract`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ def extract(
         float | None, typer.Option(help="Instead: the smallest rank that holds this share of each difference.")
     ] = None,
     others: Annotated[
-        str, typer.Option(metavar="WHAT", help="Norms and biases that differ: list, keep (whole) or refuse.")
+        Literal["list", "keep", "refuse"], typer.Option(help="What becomes of norms and biases that differ.")
     ] = "list",
     as_json: Json = False,
 ) -> None:
