@@ -33,6 +33,11 @@ _BY_FIRST_NAME = {
     "text_model": "text_encoder",
 }
 
+# GPT-2, Bloom, Falcon and others call the whole of their own model so.
+_LANGUAGE_MODEL = re.compile(
+    r"transformer\.(h|wte|wpe|ln_f|layers?|word_embeddings\w*|embedding|encoder|output_layer|embd)(\.|$)"
+)
+
 _LAYERS_PER_BLOCK = 2
 _INSIDE = (
     ("in_layers.0", "norm1"),
@@ -60,9 +65,11 @@ def component_of(path: str) -> str | None:
     Example:
         >>> component_of("unet.conv_in"), component_of("model.layers.0.q_proj")
         ('unet', None)
+        >>> component_of("transformer.transformer_blocks.0.attn.to_q"), component_of("transformer.h.0.attn.c_attn")
+        ('transformer', None)
     """
     first = path.partition(".")[0]
-    return first if first in COMPONENTS else None
+    return first if first in COMPONENTS and not _LANGUAGE_MODEL.match(path) else None
 
 
 def likely_component(paths: Iterable[str]) -> str | None:

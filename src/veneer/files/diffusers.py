@@ -181,11 +181,11 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
     forms = _NEW_FORMS if style == "new" else _OLD_FORMS
     problems = carrying_problems(adapter, forms, magnitudes=style == "new")
     modules = under(hints.component, adapter.modules)
-    problems += [
-        f"{path}: begins with no component ({', '.join(COMPONENTS)}); say which it is with --component"
-        for path in modules
-        if component_of(path) is None
-    ]
+    if lost := [path for path in modules if component_of(path) is None]:
+        problems.append(
+            f"{lost[0]} and {len(lost) - 1} more: begin with no component ({', '.join(COMPONENTS)}); say which they"
+            " are of with --component"
+        )
     problems += [
         f"{path}: a convolution in groups, in the {style} style"
         for path, pair in modules.items()

@@ -3,7 +3,7 @@
 A new format is a module with a `Format` and a row here; the round-trip tests pick it up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,9 +84,8 @@ def see(path: str | Path, *, fs: FileSystem = REAL) -> Sight:
     try:
         if folder and CONFIG in files:
             config = parse_json(fs.read_bytes(path / CONFIG, MAX_CONFIG), str(path / CONFIG), max_bytes=MAX_CONFIG)
-        held = [name for name in files if name.endswith(SUFFIX)]
-        meant = next((name for name in _MEANT if name in held), held[0] if len(held) == 1 else None)
-        keys, metadata = _header(path / meant if folder else path, fs) if meant else ((), {})
+        file = _meant(path, files, fs) if folder else path if _is_safetensors(path, fs) else None
+        keys, metadata = _header(file, fs) if file else ((), {})
     except OSError as cause:
         raise AdapterError(f"{path}: cannot be read: {cause}") from cause
     if not isinstance(config, dict):
@@ -136,6 +135,19 @@ def find_format(name: str, formats: Mapping[str, Format] = FORMATS) -> Format:
     if name not in formats:
         raise AdapterError(f"{name!r}: no such format{did_you_mean(name, formats)}; there are {', '.join(formats)}")
     return formats[name]
+
+
+def _meant(folder: Path, files: Collection[str], fs: FileSystem) -> Path | None:
+    held = [name for name in files if name.endswith(SUFFIX) and fs.is_plain_file(folder / name)]
+    name = next((name for name in _MEANT if name in held), held[0] if len(held) == 1 else None)
+    return None if name is None else folder / name
+
+
+def _is_safetensors(path: Path, fs: FileSystem) -> bool:
+    """Tell by a file's name, or by its first bytes: the length of a header, and a bracket."""
+    if path.name.endswith(SUFFIX):
+        return True
+    return fs.size_of(path) > _LENGTH and bytes(fs.read_range(path, _LENGTH, 1)) == b"{"
 
 
 def _header(path: Path, fs: FileSystem) -> tuple[tuple[str, ...], dict[str, str]]:

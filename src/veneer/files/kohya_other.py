@@ -6,6 +6,7 @@ for LoKr whose halves are both whole matrices.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -54,7 +55,8 @@ def read_others(modules: Mapping[str, Mapping[str, Tensor]], hints: Hints, where
             numbers = _numbers(own, problems)
             by_shape = replace(method, numbers=lambda *_, numbers=numbers: numbers, fits=lambda *_: [])
             shapes = None if hints.base is None else _shapes(own, hints.base)
-            raw = Raw({path: _plain(parts) for path, parts in own.items()}, {}, {}, shapes, problems)
+            plain = {path: _plain(path, parts, shapes, problems) for path, parts in own.items()}
+            raw = Raw(plain, {}, {}, shapes, problems)
             updates.update(read_modules(by_shape, raw))
     refuse(where, "its tensors cannot be used", problems)
     return OtherAdapter(
@@ -83,16 +85,27 @@ def alpha_of(parts: Mapping[str, Tensor]) -> float | None:
     return float(held.double().item()) or None
 
 
-def _plain(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the method's own tensors.
+def _plain(
+    path: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None, problems: list[str]
+) -> dict[str, Tensor]:
+    """Return the method's own tensors, laid out so that PEFT's order of multiplying them out is LyCORIS's.
 
-    PEFT multiplies a w2 of three dimensions out in an odd order, LyCORIS in the right one; with a fourth of size one
-    both are the same.
+    PEFT takes the product with a flat kernel (or a kernel of one dimension) in another order than LyCORIS, which
+    unfolds the kernel first. With a w2 of four dimensions both are the same; how a flat one unfolds only the base tells.
     """
     plain = {leaf: one for leaf, one in parts.items() if leaf not in _NUMBERS}
-    w2 = plain.get("lokr_w2")
+    w2, a, b = (plain.get(leaf) for leaf in ("lokr_w2", "lokr_w2_a", "lokr_w2_b"))
     if w2 is not None and w2.ndim == 3:
         plain["lokr_w2"] = w2[..., None]
+    if "lokr_t2" in plain or a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        return plain
+    if shapes is None and "conv" in path:
+        problems.append(f"{path}: a convolution of LoKr whose kernel the file keeps flat; give --base")
+    kernel = (shapes or {}).get(path, ())[2:]
+    if prod(kernel) > 1 and b.shape[1] % prod(kernel) == 0:
+        whole = (a.double() @ b.double()).unflatten(1, (-1, *kernel))
+        del plain["lokr_w2_a"], plain["lokr_w2_b"]
+        plain["lokr_w2"] = whole if whole.ndim == 4 else whole[..., None]
     return plain
 
 
