@@ -67,7 +67,7 @@ def convert(
 def _list(as_json: bool) -> None:
     rows = [
         {"name": one.name, "read": "yes", "write": "yes" if one.write else "no", "what": one.title}
-        for one in veneer.FORMATS.values()
+        for one in veneer.list_formats()
     ]
     if as_json:
         print_json({"formats": rows})

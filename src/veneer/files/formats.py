@@ -122,6 +122,16 @@ def recognise(path: str | Path, formats: Mapping[str, Format] = FORMATS, *, fs: 
     )
 
 
+def list_formats() -> tuple[Format, ...]:
+    """Return every format: its name, its title, how it is read and written.
+
+    Example:
+        >>> "kohya" in [one.name for one in list_formats()]
+        True
+    """
+    return tuple(FORMATS.values())
+
+
 def find_format(name: str, formats: Mapping[str, Format] = FORMATS) -> Format:
     """Return a format by its name.
 

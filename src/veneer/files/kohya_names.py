@@ -26,22 +26,20 @@ PREFIXES: Mapping[str, str | None] = {
 
 _WORDS = frozenset(
     """
-    self_attn cross_attn encoder_attn attn_layer linear_attn q_proj k_proj v_proj o_proj out_proj qkv_proj in_proj
-    c_attn c_proj c_fc query_key_value gate_proj up_proj down_proj gate_up_proj fc_in fc_out lm_head embed_tokens
-    embed_in embed_out text_model vision_model language_model text_projection visual_projection
-    multi_modal_projector token_embedding position_embedding layer_norm1 layer_norm2 final_layer_norm self_attention
-    intermediate_size dense_h_to_4h dense_4h_to_h q_lin k_lin v_lin out_lin transformer_layer block_sparse_moe
-    shared_expert input_layernorm post_attention_layernorm q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj
-    in_proj_qkv in_proj_z query_proj key_proj value_proj pos_proj score_head pre_classifier down_blocks up_blocks
-    mid_block transformer_blocks single_transformer_blocks to_q to_k to_v to_out to_qkv add_q_proj add_k_proj
-    add_v_proj to_add_out proj_in proj_out proj_mlp conv_in conv_out conv_shortcut conv_norm_out time_emb_proj
-    time_embedding add_embedding linear_1 linear_2 linear_3 context_embedder x_embedder time_text_embed
-    timestep_embedder guidance_embedder text_embedder pos_embed patch_embed norm_out norm1_context norm2_context
-    ff_context caption_projection adaln_single audio_proj input_blocks middle_block output_blocks in_layers
-    out_layers emb_layers skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp
-    txt_mlp img_mod txt_mod img_in txt_in time_in vector_in guidance_in final_layer in_layer out_layer joint_blocks
-    context_block x_block adaLN_modulation feed_forward attention_norm ffn_norm self_attn_norm wi_0 wi_1
-    relative_attention_bias prior_transformer unet_down transformer_encoder encoder_layers
+    self_attn cross_attn encoder_attn linear_attn q_proj k_proj v_proj o_proj out_proj qkv_proj in_proj c_attn
+    c_proj c_fc query_key_value gate_proj up_proj down_proj gate_up_proj fc_in fc_out lm_head embed_tokens embed_in
+    embed_out text_model vision_model language_model text_projection visual_projection multi_modal_projector
+    token_embedding position_embedding layer_norm1 layer_norm2 final_layer_norm self_attention dense_h_to_4h
+    dense_4h_to_h q_lin k_lin v_lin out_lin block_sparse_moe shared_expert q_a_proj q_b_proj kv_a_proj_with_mqa
+    kv_b_proj in_proj_qkv in_proj_z query_proj key_proj value_proj pre_classifier down_blocks up_blocks mid_block
+    transformer_blocks single_transformer_blocks to_q to_k to_v to_out to_qkv add_q_proj add_k_proj add_v_proj
+    to_add_out proj_in proj_out proj_mlp conv_in conv_out conv_shortcut conv_norm_out time_emb_proj time_embedding
+    add_embedding linear_1 linear_2 linear_3 context_embedder x_embedder time_text_embed timestep_embedder
+    guidance_embedder text_embedder pos_embed patch_embed norm_out norm1_context norm2_context ff_context
+    caption_projection adaln_single input_blocks middle_block output_blocks in_layers out_layers emb_layers
+    skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod
+    txt_mod img_in txt_in time_in vector_in guidance_in final_layer in_layer out_layer joint_blocks context_block
+    x_block adaLN_modulation feed_forward wi_0 wi_1 gpt_neox
     """.split()  # noqa: SIM905 - a list of words is read as one
 )
 """Names of modules that hold an underscore."""
@@ -52,9 +50,9 @@ _PLAIN = frozenset(
     output intermediate dense query key value proj qkv mlp ffn ff fc fc1 fc2 fc3 net w1 w2 w3 w4 wq wk wv wo wqkv q
     k v o lin lin1 lin2 linear linear1 linear2 linear3 out norm norm1 norm2 norm3 norm_q norm_k ln conv conv1 conv2
     conv3 resnets attentions downsamplers upsamplers op modulation embeddings embedding embed experts expert gate up
-    down router bert roberta distilbert deberta vit gpt neox xlm albert electra opt bart t5 SelfAttention
-    EncDecAttention DenseReluDense wi pooler head heads classifier score shared backbone features stem adapter
-    projector projection visual vision text mixer temporal spatial patchify final time main body tail
+    down router bert roberta distilbert deberta vit xlm albert electra opt bart t5 SelfAttention EncDecAttention
+    DenseReluDense wi pooler head heads classifier score shared backbone features stem adapter projector projection
+    visual vision text mixer temporal spatial patchify final time main body tail
     """.split()  # noqa: SIM905
 )
 """Names of modules that hold none."""

@@ -91,7 +91,7 @@ def _plain(
     """Return the method's own tensors, laid out so that PEFT's order of multiplying them out is LyCORIS's.
 
     PEFT takes the product with a flat kernel (or a kernel of one dimension) in another order than LyCORIS, which
-    unfolds the kernel first. With a w2 of four dimensions both are the same; how a flat one unfolds only the base tells.
+    unfolds the kernel first. With a w2 of four dimensions both are the same. How a flat one unfolds the base tells.
     """
     plain = {leaf: one for leaf, one in parts.items() if leaf not in _NUMBERS}
     w2, a, b = (plain.get(leaf) for leaf in ("lokr_w2", "lokr_w2_a", "lokr_w2_b"))
