@@ -7,7 +7,7 @@ import torch
 
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
-from veneer.files.foreign import SUFFIX, pair_from, settings_for, with_unit_scaling
+from veneer.files.foreign import SUFFIX, at_scaling, pair_from, settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import FORMATS, find_format, recognise, see
 from veneer.files.peft import save_adapter
@@ -95,7 +95,7 @@ def test_three_ways_of_naming_the_same_model(name, expected):
 @pytest.mark.parametrize("scaling", [4.0, 1 / 3, 0.0, -2.0])
 def test_a_scaling_folded_in_changes_no_delta(dtype, scaling):
     pair = LowRank(torch.randn(2, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype), scaling)
-    folded = with_unit_scaling(pair)
+    folded = at_scaling(pair, 1.0)
     assert folded.scaling == 1.0
     apart = torch.linalg.vector_norm(folded.delta() - pair.delta())
     assert apart <= 1e-7 * torch.linalg.vector_norm(pair.delta())

@@ -19,6 +19,7 @@ from veneer.files.formats import recognise
 from veneer.files.kohya import FILE, FORMAT
 from veneer.files.shards import read_checkpoint
 from veneer.files.tensors import dump_tensors
+from veneer.tools.compare import compare_deltas
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q, CONV = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_mid_block_resnets_0_conv1"
@@ -199,6 +200,18 @@ def test_what_is_written_is_what_kohya_and_lycoris_read(tmp_path):
     assert json.loads(metadata["ss_network_args"])["dora_wd"] == "True"
 
 
+def test_the_file_has_one_alpha_whatever_the_scalings(tmp_path):
+    scalings = {"a": 1.0, "b": 1.0, "c": 1 / 3, "d": 0.0, "e": -2.0}
+    modules = {
+        f"unet.conv_in.{path}": LowRank(torch.randn(2, 3), torch.randn(4, 2), one) for path, one in scalings.items()
+    }
+    modules["unet.conv_in.f"] = LowRank(torch.randn(3, 3).half(), torch.randn(4, 3).half(), 0.5)
+    adapter = adapter_of(modules)
+    path = saved(adapter, tmp_path)
+    assert {float(one) for key, one in load_file(path).items() if key.endswith("alpha")} == {2.0}
+    assert compare_deltas(adapter, FORMAT.read(path, Hints())).worst < 1e-7
+
+
 def test_names_that_no_grammar_finds_stand_in_the_header(tmp_path):
     pair = LowRank(torch.randn(1, 2), torch.randn(3, 1), 1.0)
     paths = ["my_odd.thing_0.q", "unet.strange_block.q", "0"]
@@ -262,6 +275,17 @@ def test_what_is_wrong_is_told(name, tmp_path):
     tensors, message = BAD[name]
     with pytest.raises(AdapterError, match=message):
         read(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_strange_{}.lora_up.weight", "lora_unet_{}.alpha", "strange_{}", "{}.alpha"]
+)
+def test_thousands_of_bad_names_are_told_by_the_first(name, base, tmp_path):
+    tensors = {name.format(f"thing_{index:04}"): torch.ones(1, 1) for index in range(5000)}
+    for hints in (Hints(), Hints(base=base)):
+        with pytest.raises(AdapterError) as error:
+            read(tmp_path, tensors, hints)
+        assert error.value.problems[-1] == "... and many more"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 from veneer.adapter import Adapter, LowRank
 from veneer.files.foreign import settings_for
 from veneer.files.format import Hints

@@ -21,13 +21,14 @@ from veneer.files.components import COMPONENTS, component_of, likely_component, 
 from veneer.files.diffusers_keys import STYLES, Key, old_key, oldest_key, parse_key
 from veneer.files.filesystem import Content
 from veneer.files.foreign import (
+    ENOUGH,
     Single,
+    at_scaling,
     carrying_problems,
     pair_from,
     read_single,
     refuse,
     settings_for,
-    with_unit_scaling,
 )
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.kohya_other import alpha_of
@@ -88,6 +89,8 @@ def _sort(file: Single, problems: list[str]) -> dict[str | None, dict[str, dict[
     """Return the tensors by part, path and side."""
     parts: dict[str | None, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in file.tensors.items():
+        if len(problems) >= ENOUGH:
+            return parts
         found: Key | None = parse_key(key)
         if found is None:
             near = did_you_mean(key.rpartition(".")[2], _LEAVES) or "; expected " + ", ".join(_LEAVES)
@@ -195,7 +198,7 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
     parts: dict[str, dict[str, LowRank]] = {}
     for path, pair in modules.items():
         component, _, rest = path.partition(".")
-        parts.setdefault(component, {})[rest] = with_unit_scaling(pair)
+        parts.setdefault(component, {})[rest] = at_scaling(pair, 1.0)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, pairs in parts.items():

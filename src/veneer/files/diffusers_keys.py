@@ -86,10 +86,11 @@ def oldest_key(component: str, path: str, side: str) -> str | None:
 
     Example:
         >>> oldest_key("unet", "mid_block.attn1.to_out.0", "A"), oldest_key("unet", "conv_in", "A")
-        ('mid_block.attn1.processor.to_out_lora.down.weight', None)
+        ('unet.mid_block.attn1.processor.to_out_lora.down.weight', None)
     """
     which = next((short for short, name in _IN_UNET.items() if path.endswith(f".{name}")), None)
     if component != "unet" or which is None:
         return None
     owner = path.removesuffix(f".{_IN_UNET[which]}")
-    return f"{owner}.processor.to_{which}_lora.{'down' if side == 'A' else 'up'}.weight"
+    # Files of the time had no `unet.`; those of its end had, and diffusers today loads nothing without.
+    return f"{component}.{owner}.processor.to_{which}_lora.{'down' if side == 'A' else 'up'}.weight"

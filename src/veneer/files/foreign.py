@@ -22,6 +22,8 @@ from veneer.files.peft_values import MAX_RANK
 from veneer.files.tensors import MAX_FILE, parse_header, parse_tensors
 
 SUFFIX = ".safetensors"
+ENOUGH = 100
+"""After so many problems a reader looks for no more: near misses among thousands of names take long."""
 _SHOWN = 50
 
 
@@ -85,7 +87,8 @@ def refuse(where: object, message: str, problems: Collection[str]) -> None:
     """
     if problems:
         lines = list(problems)
-        more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        count = f"{len(lines) - _SHOWN}" if len(lines) < ENOUGH else "many"
+        more = [f"... and {count} more"] if len(lines) > _SHOWN else []
         raise AdapterError(f"{where}: {message}", lines[:_SHOWN] + more)
 
 
@@ -121,23 +124,23 @@ def pair_from(A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = N
     return LowRank(A.to(dtype), B.to(dtype), scaling, form, flat)
 
 
-def with_unit_scaling(pair: LowRank) -> LowRank:
-    """Return the same update with a scaling of 1: the scaling is folded into lora_B.
+def at_scaling(pair: LowRank, scaling: float) -> LowRank:
+    """Return the same update with another scaling: what is between the two goes into lora_B.
 
     Where the dtype does not hold the product exactly, and is not float32 or wider, both factors become float32.
 
     Example:
-        >>> one = with_unit_scaling(LowRank(torch.ones(1, 2), torch.ones(2, 1), 2.0))
+        >>> one = at_scaling(LowRank(torch.ones(1, 2), torch.ones(2, 1), 2.0), 1.0)
         >>> one.scaling, one.lora_B.tolist()
         (1.0, [[2.0], [2.0]])
     """
-    if pair.scaling == 1.0:
+    if pair.scaling == scaling:
         return pair
-    exact = pair.lora_B.double() * pair.scaling
+    exact = pair.lora_B.double() * (pair.scaling / scaling)
     rounded = exact.to(pair.lora_B.dtype)
     if rounded.dtype.itemsize >= 4 or torch.equal(rounded.double(), exact):
-        return replace(pair, lora_B=rounded, scaling=1.0)
-    return replace(pair, lora_A=pair.lora_A.float(), lora_B=exact.float(), scaling=1.0)
+        return replace(pair, lora_B=rounded, scaling=scaling)
+    return replace(pair, lora_A=pair.lora_A.float(), lora_B=exact.float(), scaling=scaling)
 
 
 def settings_for(

@@ -13,6 +13,7 @@ rsLoRA's root stands in alpha already (LyCORIS). DyLoRA saves its full rank. (re
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -30,13 +31,14 @@ from veneer.factors import conv_groups
 from veneer.files.components import components_in, select, under
 from veneer.files.filesystem import Content
 from veneer.files.foreign import (
+    ENOUGH,
     Single,
+    at_scaling,
     carrying_problems,
     pair_from,
     read_single,
     refuse,
     settings_for,
-    with_unit_scaling,
 )
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.kohya_names import PREFIXES, Names, flat, grammar_path, prefix_for, split_prefix
@@ -130,6 +132,8 @@ def _by_name(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, di
     """Return the tensors of each name by their leaves."""
     named: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if len(problems) >= ENOUGH:
+            return named
         found = _KEY.fullmatch(key)
         if found is None:
             refused = next((what for pattern, what in _REFUSED if pattern.search(key)), None)
@@ -141,7 +145,7 @@ def _by_name(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, di
             problems.append(f"{key!r}: stands for the same tensor as another key")
         parts[leaf] = tensor
     for name, parts in named.items():
-        if set(parts) <= set(_NUMBERS):
+        if set(parts) <= set(_NUMBERS) and len(problems) < ENOUGH:
             problems.append(
                 f"{name}: {' and '.join(sorted(parts))} without factors{did_you_mean(name, set(named) - {name})}"
             )
@@ -156,6 +160,8 @@ def _paths(
     paths: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name in named:
+        if len(problems) >= ENOUGH:
+            break
         prefixed = split_prefix(name)
         if prefixed is None and "." not in name:
             near = did_you_mean(name, [f"{prefix}_{name}" for prefix in PREFIXES])
@@ -288,27 +294,41 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
         for path, pair in adapter.modules.items()
         if pair.form == "conv" and conv_groups(pair.lora_A, pair.lora_B) != 1
     ]
-    modules = under(hints.component, adapter.modules)
+    alpha = _common_alpha(adapter.modules)
+    modules = under(hints.component, {path: _at_alpha(pair, alpha) for path, pair in adapter.modules.items()})
     named = _names(modules, under(hints.component, adapter.trained), problems)
     tensors: dict[str, Tensor] = {}
     for path, pair in modules.items():
         if path in named:
-            tensors |= {f"{named[path]}.{leaf}": one for leaf, one in _leaves(pair).items()}
+            tensors |= {f"{named[path]}.{leaf}": one for leaf, one in _leaves(pair, alpha).items()}
     for path, (leaf, one) in write_whole(under(hints.component, adapter.trained), modules, hints, problems).items():
         module = path.rpartition(".")[0]
         if module in named:
             tensors[f"{named[module]}.{leaf}"] = one
     problems += non_finite(tensors)
     refuse("kohya", "the format cannot carry this adapter", problems)
-    return {FILE: tensor_pieces(tensors, _metadata(modules, named))}
+    return {FILE: tensor_pieces(tensors, _metadata(modules, named, alpha))}
 
 
-def _leaves(pair: LowRank) -> dict[str, Tensor]:
-    if pair.scaling <= 0:
-        pair = with_unit_scaling(pair)
-    alpha = torch.tensor(alpha_giving(pair.scaling, pair.rank, False), dtype=torch.float64)
-    exact = alpha.float().double() == alpha
-    leaves = {_DOWN: pair.lora_A, _UP: pair.lora_B, "alpha": alpha.float() if exact else alpha}
+def _common_alpha(modules: Mapping[str, LowRank]) -> float:
+    """Return the alpha of the file: that of most modules.
+
+    A file could hold one for each module, but diffusers (0.42.1) loses those of attentions that are not like most.
+    """
+    alphas = [alpha_giving(pair.scaling, pair.rank, False) for pair in modules.values() if pair.scaling > 0]
+    return Counter(sorted(alphas)).most_common(1)[0][0] if alphas else 1.0
+
+
+def _at_alpha(pair: LowRank, alpha: float) -> LowRank:
+    """Return the pair with the scaling that an alpha gives; as it is where that is but for the last digit."""
+    scaling = alpha / pair.rank
+    return pair if math.isclose(pair.scaling, scaling, rel_tol=1e-12) else at_scaling(pair, scaling)
+
+
+def _leaves(pair: LowRank, alpha: float) -> dict[str, Tensor]:
+    exact = torch.tensor(alpha, dtype=torch.float64)
+    number = exact.float() if exact.float().double() == exact else exact
+    leaves = {_DOWN: pair.lora_A, _UP: pair.lora_B, "alpha": number.clone()}
     if pair.magnitude is not None:
         leaves["dora_scale"] = pair.magnitude.reshape(-1, *(1,) * (pair.lora_A.ndim - 1))
     return leaves
@@ -333,7 +353,7 @@ def _names(modules: Mapping[str, Any], trained: Mapping[str, Tensor], problems: 
     return named
 
 
-def _metadata(modules: Mapping[str, LowRank], named: Mapping[str, str]) -> dict[str, str]:
+def _metadata(modules: Mapping[str, LowRank], named: Mapping[str, str], alpha: float) -> dict[str, str]:
     """Return sd-scripts' metadata, and what names alone would not tell."""
     paths = {}
     for path, name in named.items():
@@ -351,10 +371,8 @@ def _metadata(modules: Mapping[str, LowRank], named: Mapping[str, str]) -> dict[
     metadata = {_OURS: json.dumps({"paths": paths, "transposed": transposed}, sort_keys=True)}
     if not modules:
         return metadata
-    pairs = [with_unit_scaling(pair) if pair.scaling <= 0 else pair for pair in modules.values()]
-    (rank, alpha), _ = Counter((one.rank, alpha_giving(one.scaling, one.rank, False)) for one in pairs).most_common(1)[
-        0
-    ]
+    pairs = modules.values()
+    rank = Counter(sorted(one.rank for one in pairs)).most_common(1)[0][0]
     convolutions, magnitudes = any(one.form == "conv" for one in pairs), any(one.magnitude is not None for one in pairs)
     arguments: dict[str, str] = {}
     if convolutions or magnitudes:

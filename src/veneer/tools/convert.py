@@ -14,7 +14,7 @@ from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_file, commit_folder, discard
 from veneer.files.components import component_of, components_in, likely_component, paths_of, select
 from veneer.files.filesystem import REAL, Content, FileSystem
-from veneer.files.foreign import with_unit_scaling
+from veneer.files.foreign import at_scaling
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
 from veneer.files.peft import save_adapter
@@ -173,7 +173,7 @@ def _writable(adapter: Adapter, notes: list[str]) -> Adapter:
     if not bad:
         return adapter
     notes.append(f"{len(bad)} scalings that were not positive are folded into lora_B")
-    modules = {path: with_unit_scaling(pair) if path in bad else pair for path, pair in adapter.modules.items()}
+    modules = {path: at_scaling(pair, 1.0) if path in bad else pair for path, pair in adapter.modules.items()}
     return replace(adapter, modules=modules)
 
 
