@@ -281,7 +281,7 @@ def test_what_is_wrong_is_told(name, tmp_path):
     "name", ["lora_unet_strange_{}.lora_up.weight", "lora_unet_{}.alpha", "strange_{}", "{}.alpha"]
 )
 def test_thousands_of_bad_names_are_told_by_the_first(name, base, tmp_path):
-    tensors = {name.format(f"thing_{index:04}"): torch.ones(1, 1) for index in range(5000)}
+    tensors = {name.format(f"thing_{index:04}"): torch.ones(1, 1) for index in range(1500)}
     for hints in (Hints(), Hints(base=base)):
         with pytest.raises(AdapterError) as error:
             read(tmp_path, tensors, hints)

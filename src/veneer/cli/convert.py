@@ -54,8 +54,8 @@ def convert(
             "from": f"{done.source}, {path}",
             "to": f"{done.target}, {done.out}",
             "modules": len(done.adapter.modules),
-            "largest error": f"{done.proof.worst:.2e} of a delta's norm, read back",
-            **({"error of making LoRA": f"{max(done.made.values()):.2e} at worst"} if done.made else {}),
+            "largest error": f"{_shown(done.proof.worst)} of a delta's norm, read back",
+            **({"error of making LoRA": f"{_shown(max(done.made.values()))} at worst"} if done.made else {}),
             **{f"note {number}": note for number, note in enumerate(done.notes, 1)},
         }
     )
@@ -80,7 +80,7 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, pair in done.adapter.modules.items():
         key = (
-            path.rpartition(".")[2],
+            _last_name(path),
             pair.form + (" dora" if pair.magnitude is not None else ""),
             pair.sizes,
             pair.rank,
@@ -94,17 +94,33 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
             "out × in": f"{sizes[0]} × {sizes[1]}",
             "rank": rank,
             "scaling": scaling,
-            "error": f"{_largest(done.proof.errors, paths):.1e}",
-            **({"error of making": f"{_largest(done.made, paths):.1e}"} if done.made else {}),
+            "error": _shown(_largest(done.proof.errors, paths)),
+            **({"error of making": _shown(_largest(done.made, paths))} if done.made else {}),
         }
         for (name, form, sizes, rank, scaling), paths in groups.items()
     ]
     whole = [path for path in done.proof.errors if path not in done.adapter.modules]
     columns = list(rows[0]) if rows else ["target", "form", "error"]
     for path in whole:
-        told = {"target": path, "form": "trained whole", "error": f"{done.proof.errors[path]:.1e}"}
+        told = {"target": path, "form": "trained whole", "error": _shown(done.proof.errors[path])}
         rows.append({name: told.get(name, "") for name in columns})
     return rows
+
+
+def _last_name(path: str) -> str:
+    """Return the last part of a path that is a name, with the numbers behind it: `to_out.0`.
+
+    Example:
+        >>> _last_name("attn1.to_out.0"), _last_name("0")
+        ('to_out.0', '0')
+    """
+    parts = path.split(".")
+    start = next((at for at in range(len(parts) - 1, -1, -1) if not parts[at].isdigit()), 0)
+    return ".".join(parts[start:])
+
+
+def _shown(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
 
 
 def _largest(errors: Mapping[str, float], paths: list[str]) -> float:

@@ -229,7 +229,7 @@ def _old(component: str, pairs: Mapping[str, LowRank], style: str, problems: lis
 
 FORMAT = Format(
     name="diffusers",
-    title="diffusers: unet.…, transformer.…, text_encoder.… in one file",
+    title="unet.…, transformer.…, text_encoder.… names in one file",
     recognise=_recognise,
     read=_read,
     write=_write,

@@ -47,7 +47,7 @@ def _write_peft(adapter: Adapter, hints: Hints) -> Mapping[str, Content]:  # noq
 
 PEFT = Format(
     name="peft",
-    title=f"PEFT: a folder with {CONFIG} and {TENSORS}",
+    title=f"a folder with {CONFIG} and {TENSORS}",
     recognise=_is_peft,
     read=_read_peft,
     write=_write_peft,

@@ -71,6 +71,7 @@ _REFUSED = (
 )
 _OURS = "veneer"
 _MOST_PARTS = 8
+_MOST_NAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,11 @@ def _by_name(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, di
         if leaf in parts:
             problems.append(f"{key!r}: stands for the same tensor as another key")
         parts[leaf] = tensor
+    whole = [name for name, parts in named.items() if not set(parts) <= set(_NUMBERS)]
     for name, parts in named.items():
         if set(parts) <= set(_NUMBERS) and len(problems) < ENOUGH:
-            problems.append(
-                f"{name}: {' and '.join(sorted(parts))} without factors{did_you_mean(name, set(named) - {name})}"
-            )
+            near = did_you_mean(name, whole[:_MOST_NAMES])
+            problems.append(f"{name}: {' and '.join(sorted(parts))} without factors{near}")
     return named
 
 
@@ -389,7 +390,7 @@ def _metadata(modules: Mapping[str, LowRank], named: Mapping[str, str], alpha: f
 
 FORMAT = Format(
     name="kohya",
-    title="kohya sd-scripts and LyCORIS: lora_unet_…, lora_te_…, lycoris_… names in one file",
+    title="sd-scripts and LyCORIS: lora_unet_…, lora_te_…, lycoris_… names in one file",
     recognise=_recognise,
     read=_read,
     write=_write,
