@@ -1,6 +1,7 @@
 """kohya's and LyCORIS's files: what LyCORIS wrote, the rules of its numbers, what is refused, hostile files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from veneer.adapter import Adapter, LowRank, TokenRows
+from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.foreign import settings_for
@@ -222,6 +223,16 @@ def test_names_that_no_grammar_finds_stand_in_the_header(tmp_path):
     lie = {"veneer": json.dumps({"paths": {"lycoris_0": "q"}})}
     with pytest.raises(AdapterError, match="'lycoris_0' does not stand for 'q'"):
         read(tmp_path, load_file(path), metadata=lie)
+
+
+def test_the_header_s_base_and_dropout_come_back(tmp_path):
+    pair = LowRank(torch.randn(1, 2), torch.randn(3, 1), 1.0)
+    adapter = adapter_of({"q": pair}, metadata=AdapterMetadata(base="sd15"))
+    adapter = replace(adapter, config=adapter.config.model_copy(update={"dropout": 0.25}))
+    again = FORMAT.read(saved(adapter, tmp_path), Hints())
+    assert (again.metadata.base, again.config.dropout) == ("sd15", 0.25)
+    for bad in ("None", "nan", "2", "-1"):
+        assert read(tmp_path, linear(), metadata={"ss_network_dropout": bad}).config.dropout == 0.0
 
 
 def test_two_paths_of_one_name_are_refused():

@@ -40,7 +40,7 @@ class Case:
 
 
 CASES: Mapping[str, Case] = {
-    "peft": Case(("linear", "transposed", "embedding", "conv")),
+    "peft": Case(("linear", "transposed", "embedding", "conv", "experts")),
     "kohya": Case(("linear", "transposed", "conv")),
     "diffusers": Case(("linear", "transposed", "conv"), (UNET,)),
 }
@@ -68,7 +68,8 @@ def adapters(draw, forms, model, magnitudes):
     matrix = "transposed" if transposed and "transposed" in forms else "linear"
     modules = {}
     for leaf in draw(st.lists(st.sampled_from(["q_proj", "k_proj", "v_proj"]), min_size=1, max_size=3, unique=True)):
-        form = draw(st.sampled_from([one for one in forms if one not in ("linear", "transposed")] + [matrix]))
+        others = [one for one in forms if one not in ("linear", "transposed", "experts")]
+        form = draw(st.sampled_from([*others, matrix]))
         rank, out, inputs = (draw(st.integers(1, 6)) for _ in range(3))
         kernel = draw(st.sampled_from([(1, 1), (3, 3), (3,), (2, 1, 2)])) if form == "conv" else ()
         A = torch.randn(rank, inputs, *kernel).to(dtype)
@@ -76,6 +77,10 @@ def adapters(draw, forms, model, magnitudes):
         scaling = draw(st.sampled_from([1.0, 2.0, 0.125, 1 / 3, 16 / 3**0.5, 1e-3]))
         magnitude = torch.rand(out).to(dtype) + 0.5 if with_magnitudes else None
         modules[f"{model}.{leaf}"] = LowRank(A, B, scaling, form, magnitude)
+    if "experts" in forms and not with_magnitudes and draw(st.booleans()):
+        count, rank, out, inputs = (draw(st.integers(low, 4)) for low in (2, 1, 1, 1))
+        A, B = torch.randn(count, rank, inputs).to(dtype), torch.randn(count, out, rank).to(dtype)
+        modules[f"{model.rpartition('.')[0]}.mlp.experts.down_proj"] = LowRank(A, B, 0.5, "experts")
     return Adapter(modules, settings_for(modules))
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter import Adapter, LowRank
+from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
 from veneer.factors import conv_groups
 from veneer.files.components import components_in, select, under
@@ -70,6 +70,7 @@ _REFUSED = (
     (re.compile(r"\.lora_(down|up)\.bias$"), "a bias of the factors"),
 )
 _OURS = "veneer"
+_BASE, _DROPOUT = "ss_sd_model_name", "ss_network_dropout"
 _MOST_PARTS = 8
 _MOST_NAMES = 1000
 
@@ -126,7 +127,18 @@ def _read(path: Path, hints: Hints) -> Adapter | OtherAdapter:
     config = settings_for(pairs, saved=saved)
     if any(path.removesuffix(".bias") in pairs for path in trained):
         config = config.model_copy(update={"bias": "lora_only"})
-    return select(Adapter(pairs, config, trained), hints.component, file.path)
+    config = config.model_copy(update={"dropout": _dropout(file.metadata)})
+    metadata = AdapterMetadata(base=file.metadata.get(_BASE) or None)
+    return select(Adapter(pairs, config, trained, metadata), hints.component, file.path)
+
+
+def _dropout(metadata: Mapping[str, str]) -> float:
+    """Return the dropout that sd-scripts noted; none where it noted none, or nothing that is one."""
+    try:
+        value = float(metadata.get(_DROPOUT, 0))
+    except ValueError:
+        return 0.0
+    return value if 0 <= value < 1 else 0.0
 
 
 def _by_name(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -308,7 +320,13 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
             tensors[f"{named[module]}.{leaf}"] = one
     problems += non_finite(tensors)
     refuse("kohya", "the format cannot carry this adapter", problems)
-    return {FILE: tensor_pieces(tensors, _metadata(modules, named, alpha))}
+    return {FILE: tensor_pieces(tensors, _metadata(modules, named, alpha) | _origin(adapter))}
+
+
+def _origin(adapter: Adapter) -> dict[str, str]:
+    """Return what sd-scripts notes of the base and of training, as far as it is known."""
+    base, dropout = adapter.metadata.base, adapter.config.dropout
+    return ({_BASE: base} if base else {}) | ({_DROPOUT: f"{dropout:g}"} if dropout else {})
 
 
 def _common_alpha(modules: Mapping[str, LowRank]) -> float:
