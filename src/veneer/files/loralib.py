@@ -7,9 +7,9 @@
     Conv2d, k × k  lora_A (R·k, I·k), lora_B (O·k, R·k)                   (B · A) as (O, I, k, k), whatever that means
     minLoRA        parametrizations.weight.0.lora_A, .lora_B              B · A; for an embedding A · B
 
-All times alpha / R, where neither is stored: the rank is seen by the shapes, alpha must be said. A file does not tell its
-kinds of layers either, so what is no plain linear layer or known table is told by the base: without one, a convolution
-would be taken for a linear layer.
+All times alpha / R, where neither is stored: the rank is seen by the shapes, alpha must be said. A file does not tell
+its kinds of layers either, so what is no plain linear layer or known table is told by the base: without one, a
+convolution would be taken for a linear layer.
 
 Files of theirs are pickles (`loralib-pt`); the same keys in a safetensors file are `loralib`, which is what is written.
 
@@ -142,7 +142,7 @@ def adapter_from_loralib(
 
 
 def write_loralib(adapter: Adapter, hints: Hints | None = None) -> dict[str, Content]:
-    """Return a safetensors file whose keys loralib's layers load: `model.load_state_dict(load_file(path), strict=False)`.
+    """Return a safetensors file that loralib's layers load: `model.load_state_dict(load_file(path), strict=False)`.
 
     Every layer is one of `lora.Linear`, `lora.Embedding` or `lora.Conv2d`, made with the hinted alpha and its own rank;
     other scalings are put into lora_B.
@@ -262,7 +262,7 @@ def _read_pair(path: str, A: Tensor, B: Tensor, hints: Hints, enabled: Sequence[
 
 
 def _merged(path: str, A: Tensor, B: Tensor, hints: Hints, enabled: Sequence[bool]) -> LowRank:
-    """Return the factors of a MergedLinear as one pair: its parts side by side, lora_B zero outside of each one's rows."""
+    """Return the factors of a MergedLinear as one pair: parts side by side, lora_B zero outside of each one's rows."""
     rank, count, shape = B.shape[1], sum(enabled), weight_shape(hints.base, path)
     if B.shape[0] % count:
         raise AdapterError(f"{path}: {count} parts of a fused layer (MergedLinear) do not divide {B.shape[0]} outputs")

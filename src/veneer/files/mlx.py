@@ -6,8 +6,8 @@
     SwitchLinear  lora_a (E, R, I), lora_b (E, O, R)            scale · lora_b · lora_a, for each expert
     DoRA          m (O,) besides                                m / ‖W + update‖ for each row
 
-One file has one rank, one scale, and magnitudes for all layers or none; there is no alpha. Experts have a projection for
-gate and up each, where transformers has one parameter for both.
+One file has one rank, one scale, and magnitudes for all layers or none; there is no alpha. Experts have a projection
+for gate and up each, where transformers has one parameter for both.
 
 Source: mlx-lm 0.32.2, `tuner/lora.py`, `tuner/dora.py`, `tuner/utils.py` (research: peft-format.md 15).
 """
@@ -24,6 +24,10 @@ from torch import Tensor
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, Content
+from veneer.files.format import Format, Hints, Sight
+from veneer.files.peft_folder import CONFIG, MAX_CONFIG
+from veneer.files.strict_json import dump_json, parse_json
+from veneer.files.tensors import MAX_FILE, dump_tensors, non_finite, parse_tensors
 from veneer.files.translate import (
     DOWN,
     GATE,
@@ -43,10 +47,6 @@ from veneer.files.translate import (
     trained_unfit,
     unfit,
 )
-from veneer.files.format import Format, Hints, Sight
-from veneer.files.peft_folder import CONFIG, MAX_CONFIG
-from veneer.files.strict_json import dump_json, parse_json
-from veneer.files.tensors import MAX_FILE, dump_tensors, non_finite, parse_tensors
 from veneer.names import did_you_mean, layer_index
 
 TENSORS = "adapters.safetensors"
@@ -198,7 +198,7 @@ def _settings(raw: Mapping[str, Any], where: str) -> tuple[str, int, float, floa
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
     if type(rank) is not int or rank_problem(rank):
         problems.append(f"lora_parameters.rank: expected a whole number from 1, got {str(rank)[:80]}")
-    if type(scale) not in (int, float) or not 0 < float(scale) < float("inf"):
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < float("inf"):
         problems.append(f"lora_parameters.scale: expected a positive, finite number, got {str(scale)[:80]}")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         problems.append(f"lora_parameters.dropout: expected a number from 0 to below 1, got {str(dropout)[:80]}")
@@ -219,9 +219,9 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             problems.append(f"{key!r}: {problem}")
         else:
             parts.setdefault(found["path"], {})[found["leaf"]] = tensor
-    for path, found in parts.items():
-        problems += [f"{path}: lacks {leaf}" for leaf in _LEAVES[:2] if leaf not in found]
-    return {path: found for path, found in parts.items() if {"lora_a", "lora_b"} <= set(found)}, problems
+    for path, one in parts.items():
+        problems += [f"{path}: lacks {leaf}" for leaf in _LEAVES[:2] if leaf not in one]
+    return {path: one for path, one in parts.items() if {"lora_a", "lora_b"} <= set(one)}, problems
 
 
 def _read_pair(path: str, parts: Mapping[str, Tensor], scale: float, hints: Hints) -> LowRank:

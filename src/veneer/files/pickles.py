@@ -1,4 +1,4 @@
-"""Pickles of tensors (`.bin`, `.pt`, `.pth`, `.ckpt`), opened only when asked for, in a process that can do nothing else.
+"""Pickles of tensors (`.bin`, `.pt`, `.pth`, `.ckpt`), opened only when asked for, in a process of no rights.
 
 A pickle is a program. It is run by `veneer.files.unpickle` in a process of its own, where it can name a fixed list of
 things that tensors are made of, none of them torch's own code; where no file can be opened, no socket made, no process

@@ -6,9 +6,9 @@
     layers.N.mlp.w1, w2, w3             model.layers.N.mlp.gate_proj, down_proj, up_proj
     output                              lm_head
 
-Tensors are `.lora_a.weight` (R, I), `.lora_b.weight` (O, R), and for DoRA `.magnitude` (O,). One rank holds for all; alpha
-is not stored. torchtune's own export to PEFT leaves magnitudes of q and k in the order of pairs, and permutes the rows
-of Qwen2, which has them in halves already: a file of torchtune's own says what was trained, its export may not.
+Tensors are `.lora_a.weight` (R, I), `.lora_b.weight` (O, R), and for DoRA `.magnitude` (O,). One rank holds for all;
+alpha is not stored. torchtune's own export to PEFT leaves magnitudes of q and k in the order of pairs, and permutes the
+rows of Qwen2, which has them in halves already: a file of torchtune's own says what was trained, its export may not.
 
 Source: torchtune 0.6.1, `models/convert_weights.py`, `modules/peft` (research: peft-format.md 16).
 """

@@ -38,7 +38,7 @@ _CHUNK = 1 << 20
 _SHOWN = 20
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """What is wrong with the file, for the process that asked."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
@@ -76,23 +76,25 @@ class Part:
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Part:
     """Stand in for `torch._utils._rebuild_tensor_v2`: note a tensor, compute nothing."""
     if type(storage) is not Storage or type(offset) is not int:
-        raise Refusal("holds a tensor that is not part of a storage")
+        raise RefusedError("holds a tensor that is not part of a storage")
     sizes, steps = _whole(shape), _whole(strides)
     if len(sizes) != len(steps) or len(sizes) > MAX_DIMS:
-        raise Refusal(f"holds a tensor of {len(sizes)} sizes and {len(steps)} strides; at most {MAX_DIMS} are read")
+        raise RefusedError(
+            f"holds a tensor of {len(sizes)} sizes and {len(steps)} strides; at most {MAX_DIMS} are read"
+        )
     return Part(storage, offset, sizes, steps)
 
 
 def rebuild_parameter(part: Any, *_: Any) -> Part:
     """Stand in for `torch._utils._rebuild_parameter`."""
     if type(part) is not Part:
-        raise Refusal("holds a parameter that is no tensor")
+        raise RefusedError("holds a parameter that is no tensor")
     return part
 
 
 def _whole(numbers: Any) -> list[int]:
     if type(numbers) is not tuple or any(type(one) is not int for one in numbers):
-        raise Refusal("holds a tensor whose sizes or strides are not whole numbers")
+        raise RefusedError("holds a tensor whose sizes or strides are not whole numbers")
     return list(numbers)
 
 
@@ -118,7 +120,7 @@ class Unpickler(pickle.Unpickler):
         """Return what stands for a name, or refuse it."""
         found = GLOBALS.get((module, name))
         if found is None:
-            raise Refusal(
+            raise RefusedError(
                 f"names {module[:80]}.{name[:80]}, which a file of tensors does not need; it may run any code, so it is"
                 " not read"
             )
@@ -127,15 +129,17 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Storage:
         """Return the storage that a tensor lies in; where it once lay, such as on a GPU, does not matter."""
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise Refusal("refers to something outside of itself that is no storage")
+            raise RefusedError("refers to something outside of itself that is no storage")
         kind, key, count = pid[1], pid[2], pid[4]
         if len(pid) == 6 and pid[5] is not None:
-            raise Refusal("holds a view of a storage, as torch before 0.4 wrote it; save it again with a newer torch")
+            raise RefusedError(
+                "holds a view of a storage, as torch before 0.4 wrote it; save it again with a newer torch"
+            )
         if type(kind) is not StorageType or type(key) is not str or type(count) is not int or count < 0:
-            raise Refusal("refers to a storage without a dtype that is read, or a size")
+            raise RefusedError("refers to a storage without a dtype that is read, or a size")
         known = self.storages.setdefault(key, Storage(kind, key, count))
         if known.kind is not kind or known.count != count:
-            raise Refusal(f"refers to storage {key[:80]!r} by two dtypes or sizes")
+            raise RefusedError(f"refers to storage {key[:80]!r} by two dtypes or sizes")
         return known
 
 
@@ -143,23 +147,23 @@ def unpickle(file: IO[bytes], storages: dict[str, Storage]) -> Any:
     """Return what a pickle holds, or refuse it."""
     try:
         return Unpickler(file, storages).load()
-    except Refusal:
+    except RefusedError:
         raise
     except MemoryError:
-        raise Refusal("asks for more memory than files of tensors need") from None
+        raise RefusedError("asks for more memory than files of tensors need") from None
     except Exception as cause:  # whatever bytes that are no pickle may raise
-        raise Refusal(f"cannot be read as a pickle: {type(cause).__name__}: {str(cause)[:200]}") from None
+        raise RefusedError(f"cannot be read as a pickle: {type(cause).__name__}: {str(cause)[:200]}") from None
 
 
 def tensors_of(value: Any) -> dict[str, Part]:
     """Return the tensors of a dictionary by name; everything else in it is refused, but for notes beside a wrapper."""
     if not isinstance(value, dict):
-        raise Refusal(f"expected a dictionary of tensors, got {type(value).__name__}")
+        raise RefusedError(f"expected a dictionary of tensors, got {type(value).__name__}")
     wrappers = [name for name in WRAPPERS if isinstance(value.get(name), dict)]
     problems = []
     if wrappers and not any(isinstance(one, Part) for one in value.values()):
         if len(wrappers) > 1:
-            raise Refusal(f"holds several dictionaries, {', '.join(wrappers)}; which is meant cannot be told")
+            raise RefusedError(f"holds several dictionaries, {', '.join(wrappers)}; which is meant cannot be told")
         problems += [
             f"{str(name)[:80]!r}: beside {wrappers[0]!r} only notes are read, got {type(one).__name__}"
             for name, one in value.items()
@@ -175,7 +179,7 @@ def tensors_of(value: Any) -> dict[str, Part]:
         problems = [f"{len(value)} tensors; at most {MAX_TENSORS} are read"]
     if problems:
         more = (f"... and {len(problems) - _SHOWN} more",) if len(problems) > _SHOWN else ()
-        raise Refusal("is not a dictionary of tensors", (*problems[:_SHOWN], *more))
+        raise RefusedError("is not a dictionary of tensors", (*problems[:_SHOWN], *more))
     return dict(value)
 
 
@@ -194,7 +198,7 @@ def write(
             "dtype": storage.kind.name, "shape": [storage.count], "data_offsets": [start, stop],
         }  # fmt: skip
     if stop > max_bytes:
-        raise Refusal(f"its tensors take {stop} bytes, more than the {max_bytes} that are read")
+        raise RefusedError(f"its tensors take {stop} bytes, more than the {max_bytes} that are read")
     text = json.dumps(header).encode()
     chunks = [content(storage) for storage in used]  # what is missing is refused before anything is written
     out.write(len(text).to_bytes(8, "little") + text)
@@ -204,7 +208,7 @@ def write(
             left -= len(piece)
             out.write(piece)
         if left:
-            raise Refusal(f"storage {storage.key[:80]!r} ends {left} bytes before its size")
+            raise RefusedError(f"storage {storage.key[:80]!r} ends {left} bytes before its size")
     out.flush()
 
 
@@ -213,27 +217,27 @@ def from_zip(file: IO[bytes], out: IO[bytes], max_bytes: int) -> None:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as cause:
-        raise Refusal(f"cannot be read as a zip: {str(cause)[:200]}") from None
+        raise RefusedError(f"cannot be read as a zip: {str(cause)[:200]}") from None
     entries = {info.filename: info for info in archive.infolist()}
     if len(entries) != len(archive.infolist()):
-        raise Refusal("is a zip that holds a name twice")
+        raise RefusedError("is a zip that holds a name twice")
     if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in entries.values()):
-        raise Refusal("is a compressed or encrypted zip; torch writes none")
+        raise RefusedError("is a compressed or encrypted zip; torch writes none")
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in entries:
-        raise Refusal(
+        raise RefusedError(
             "is a zip, but not of a pickle of tensors as torch.save writes it (a TorchScript program, perhaps)"
         )
     root = roots[0]
     if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-        raise Refusal("was written on a machine of another byte order; save it again on a common one")
+        raise RefusedError("was written on a machine of another byte order; save it again on a common one")
     if entries[f"{root}data.pkl"].file_size > MAX_PICKLE:
-        raise Refusal(f"its pickle is longer than {MAX_PICKLE} bytes")
+        raise RefusedError(f"its pickle is longer than {MAX_PICKLE} bytes")
 
     def content(storage: Storage) -> Iterator[bytes]:
         info = entries.get(f"{root}data/{storage.key}")
         if info is None or info.file_size != storage.count * storage.kind.size:
-            raise Refusal(f"storage {storage.key[:80]!r} is missing, or of another size than the pickle says")
+            raise RefusedError(f"storage {storage.key[:80]!r} is missing, or of another size than the pickle says")
         return _pieces(archive.open(info), info.file_size)
 
     with archive.open(f"{root}data.pkl") as stream:
@@ -244,21 +248,21 @@ def from_zip(file: IO[bytes], out: IO[bytes], max_bytes: int) -> None:
 def from_legacy(file: IO[bytes], out: IO[bytes], max_bytes: int) -> None:
     """Copy the tensors of a file as torch wrote it before 1.6: pickles one after another, then raw storages."""
     if unpickle(file, {}) != _MAGIC or unpickle(file, {}) != _PROTOCOL:
-        raise Refusal("is a pickle, but not one that torch.save wrote")
+        raise RefusedError("is a pickle, but not one that torch.save wrote")
     system = unpickle(file, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Refusal("was written on a machine of another byte order; save it again on a common one")
+        raise RefusedError("was written on a machine of another byte order; save it again on a common one")
     storages: dict[str, Storage] = {}
     value = unpickle(file, storages)
     order = unpickle(file, {})
     if not isinstance(order, list) or sorted(map(str, order)) != sorted(storages):
-        raise Refusal("its list of storages is not what its pickle refers to")
+        raise RefusedError("its list of storages is not what its pickle refers to")
     places = {}
     for key in order:
         count = file.read(8)
         storage = storages[key]
         if len(count) != 8 or int.from_bytes(count, "little", signed=True) != storage.count:
-            raise Refusal(f"storage {key[:80]!r} is missing, or of another size than the pickle says")
+            raise RefusedError(f"storage {key[:80]!r} is missing, or of another size than the pickle says")
         places[key] = file.tell()
         file.seek(storage.count * storage.kind.size, 1)
 
@@ -277,7 +281,7 @@ def _pieces(file: IO[bytes], size: int, start: int | None = None) -> Iterator[by
         try:
             piece = file.read(min(size, _CHUNK))
         except (zipfile.BadZipFile, OSError, EOFError) as cause:
-            raise Refusal(f"its zip is damaged: {str(cause)[:200]}") from None
+            raise RefusedError(f"its zip is damaged: {str(cause)[:200]}") from None
         if not piece:
             return
         size -= len(piece)
@@ -301,7 +305,7 @@ def give_up_rights(memory: int, seconds: int) -> None:
 def _refuse_event(event: str, _: Any) -> None:
     """Refuse whatever Python is told to do that reading does not need: open, import, compile, run, connect."""
     if not event.startswith("object.__"):
-        raise Refusal(f"led to {event}, which reading a file of tensors does not need")
+        raise RefusedError(f"led to {event}, which reading a file of tensors does not need")
 
 
 def main() -> NoReturn:
@@ -313,7 +317,7 @@ def main() -> NoReturn:
         first = file.read(2)
         file.seek(0)
         (from_zip if first == b"PK" else from_legacy)(file, out, max_bytes)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         _tell(out, refusal.message, refusal.problems)
     except MemoryError:
         _tell(out, "asks for more memory than files of tensors need", ())
