@@ -222,7 +222,7 @@ def _values(entry: _Entry, raw: bytes) -> Tensor:
         if not raw:
             return torch.empty(entry.shape, dtype=_PLAIN[entry.kind])
         return torch.frombuffer(bytearray(raw), dtype=_PLAIN[entry.kind]).reshape(entry.shape)
-    gguf = _gguf()
+    gguf = gguf_package()
     blocks = np.frombuffer(raw, np.uint8).reshape(*entry.shape[:-1], -1)
     try:
         values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(entry.kind))
@@ -234,7 +234,7 @@ def _values(entry: _Entry, raw: bytes) -> Tensor:
 
 def _quantised_block(kind: int) -> tuple[int, int] | None:
     """Return how many values a block of a quantised type holds, and in how many bytes."""
-    gguf = _gguf()
+    gguf = gguf_package()
     known = {int(one): sizes for one, sizes in gguf.GGML_QUANT_SIZES.items() if sizes[0] > 1}
     return known.get(kind)
 
@@ -252,10 +252,15 @@ def _packed(value: str | float | tuple[int, ...]) -> bytes:
     return struct.pack("<If", _FLOAT32, value)
 
 
-def _gguf() -> Any:
+def gguf_package() -> Any:
+    """Return the optional `gguf` package.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
     try:
         import gguf
         import gguf.quants
     except ImportError:
-        raise MissingDependencyError("this GGUF file needs the gguf package: pip install 'veneer[gguf]'") from None
+        raise MissingDependencyError("GGUF adapters need the gguf package: pip install 'veneer[gguf]'") from None
     return gguf

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
-from veneer.errors import AdapterError, MissingDependencyError
+from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, Content
 from veneer.files.format import Format, Hints, Sight
-from veneer.files.gguf_container import dump_gguf, parse_gguf
+from veneer.files.gguf_container import dump_gguf, gguf_package, parse_gguf
 from veneer.files.rotary import Heads, heads_of, reordered
 from veneer.files.shards import Checkpoint
 from veneer.files.tensors import MAX_FILE, non_finite
@@ -226,7 +226,7 @@ def _settings(fields: Mapping[str, Any], family: Family, where: str) -> tuple[fl
 
 def _map(base: Checkpoint, family: Family) -> Any:
     """Return gguf's map from transformers' names to its own."""
-    gguf = _gguf()
+    gguf = gguf_package()
     architecture = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     return gguf.get_tensor_name_map(architecture, _num_blocks(base))
 
@@ -358,11 +358,3 @@ def _common_alpha(modules: Mapping[str, LowRank]) -> float:
         return alpha if fits and struct.unpack("<f", struct.pack("<f", alpha))[0] == alpha else 0.0
     except OverflowError:
         return 0.0
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise MissingDependencyError("GGUF adapters need the gguf package: pip install 'veneer[gguf]'") from None
-    return gguf
