@@ -99,7 +99,9 @@ def minimal(path: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tens
 
 def test_minlora_is_read_by_its_own_shapes():
     A, B = torch.randn(2, 27), torch.randn(4, 2)
-    tensors = minimal("lin", torch.randn(2, 5), torch.randn(4, 2)) | minimal("emb", torch.randn(9, 2), torch.randn(2, 3))
+    tensors = minimal("lin", torch.randn(2, 5), torch.randn(4, 2)) | minimal(
+        "emb", torch.randn(9, 2), torch.randn(2, 3)
+    )
     base = base_of({"lin.weight": (4, 5), "emb.weight": (9, 3), "conv.weight": (4, 3, 3, 3)})
     adapter = adapter_from_loralib(tensors | minimal("conv", A, B), Hints(alpha=3, base=base), "a")
     assert {path: pair.form for path, pair in adapter.modules.items()} == {
@@ -118,7 +120,10 @@ HOSTILE = [
     ({"q.lora_A": torch.ones(2, 3).int(), "q.lora_B": torch.ones(4, 2).int()}, "one floating dtype"),
     ({"q..lora_A": torch.ones(2, 3), "q..lora_B": torch.ones(4, 2)}, "not the path of a module"),
     ({"q.weight": torch.ones(2, 3)}, "'q.weight': expected .lora_A, .lora_B or a bias"),
-    ({"q.lora_A": torch.ones(2, 3), "q.lora_B": torch.ones(4, 2), "q.bias": torch.ones(3)}, r"shape \(4,\), got \(3,\)"),
+    (
+        {"q.lora_A": torch.ones(2, 3), "q.lora_B": torch.ones(4, 2), "q.bias": torch.ones(3)},
+        r"shape \(4,\), got \(3,\)",
+    ),
     ({"q.parametrizations.weight.1.lora_A": torch.ones(2, 3)}, "second adapter stacked"),
     ({"q.lora_A": torch.ones(2, 3), "q.parametrizations.weight.0.lora_B": torch.ones(4, 2)}, "one of minLoRA"),
     ({"q.lora_A": torch.ones(4, 3), "q.lora_B": torch.ones(4, 2)}, "2 parts of a fused layer"),

@@ -99,7 +99,9 @@ def test_mixtral_has_its_experts_elsewhere(tmp_path):
     pair = pair_of(4, 5, 2, 0.5, 0, form="experts", experts=3)
     adapter = foreign_adapter({"model.layers.0.mlp.experts.down_proj": pair})
     files = write_mlx(adapter, Hints(base=base))
-    assert "model.layers.0.block_sparse_moe.switch_mlp.down_proj" in json.loads(files[CONFIG])["lora_parameters"]["keys"]
+    assert (
+        "model.layers.0.block_sparse_moe.switch_mlp.down_proj" in json.loads(files[CONFIG])["lora_parameters"]["keys"]
+    )
     assert error_between(read_mlx(save(tmp_path, files), Hints(base=base)), adapter) == 0
 
 

@@ -74,11 +74,11 @@ def read_pickle(
             raise AdapterError(f"{path}: not a regular file")
         if (size := REAL.size_of(path)) > max_bytes:
             raise AdapterError(f"{path}: expected at most {max_bytes} bytes, got {size}")
-        data, code = _run(path, max_bytes, memory, seconds)
+        data, told, code = _run(path, max_bytes, memory, seconds)
     except OSError as cause:
         raise AdapterError(f"{path}: cannot be read: {cause}") from cause
     if code == unpickle.REFUSED:
-        _raise_refusal(path, data)
+        _raise_refusal(path, told)
     if code != 0:
         raise AdapterError(
             f"{path}: the process that opened it ended with {code}: it took over {memory >> 20} MiB or {seconds} s, or"
@@ -121,35 +121,36 @@ def _recognise_peft_bin(sight: Sight) -> bool:
 FORMAT = Format("peft-bin", "PEFT with a pickle", _recognise_peft_bin, read_peft_bin, is_pickle=True)
 
 
-def _run(path: Path, max_bytes: int, memory: int, seconds: int) -> tuple[bytes, int]:
-    """Return what the process wrote, up to a limit, and how it ended."""
+def _run(path: Path, max_bytes: int, memory: int, seconds: int) -> tuple[bytes, bytes, int]:
+    """Return what the process wrote, up to a limit, what it said is wrong, and how it ended."""
     command = [sys.executable, "-I", "-S", "-B", unpickle.__file__, str(memory), str(seconds), str(max_bytes)]
     most = max_bytes + MAX_HEADER + 8
     with path.open("rb") as file:
         child = subprocess.Popen(
-            command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd="/",
+            command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/",
             start_new_session=True,
         )  # fmt: skip
         clock = threading.Timer(seconds, child.kill)
         clock.start()
-        data = bytearray()
+        data, told = bytearray(), b""
         try:
             with child:
-                if child.stdout is not None:
+                if child.stdout is not None and child.stderr is not None:
                     while len(data) <= most and (piece := child.stdout.read(_CHUNK)):
                         data += piece
-                if len(data) > most:
-                    child.kill()
+                    if len(data) > most:
+                        child.kill()
+                    told = child.stderr.read(_CHUNK)
         finally:
             clock.cancel()
             child.kill()
-    return bytes(data), child.returncode
+    return bytes(data), told, child.returncode
 
 
-def _raise_refusal(path: Path, data: bytes) -> None:
+def _raise_refusal(path: Path, told: bytes) -> None:
     try:
-        told = json.loads(data)
-        message, problems = str(told["message"]), [str(one) for one in told["problems"]]
+        said = json.loads(told)
+        message, problems = str(said["message"]), [str(one) for one in said["problems"]]
     except (ValueError, KeyError, TypeError):
         message, problems = "was refused", []
     raise AdapterError(f"{path}: {message}", problems)
@@ -161,6 +162,8 @@ def _tensors(data: bytes, where: str, max_bytes: int) -> dict[str, Tensor]:
     storages = parse_tensors(data, where, finite=False)
     told = header.get("__metadata__") or {}
     views = parse_json(str(told.get("views", "")).encode(), f"{where} (tensors)", max_bytes=MAX_HEADER)
+    if not isinstance(views, dict):
+        raise AdapterError(f"{where}: the process that opened it gave no tensors")
     problems = [f"{name!r}: {problem}" for name, one in views.items() if (problem := _view_problem(one, storages))]
     if not problems:
         total = sum(math.prod(shape) * storages[key].element_size() for key, _, shape, _ in views.values())
@@ -177,10 +180,12 @@ def _tensors(data: bytes, where: str, max_bytes: int) -> dict[str, Tensor]:
 
 def _view_problem(view: Any, storages: dict[str, Tensor]) -> str | None:
     """Return why a tensor is no part of its storage, or None."""
+    if not isinstance(view, list) or list(map(type, view)) != [str, int, list, list] or view[0] not in storages:
+        return "expected a storage, an offset, sizes and strides"
     key, offset, shape, strides = view
     numbers = [offset, *shape, *strides]
-    if any(type(one) is not int or not 0 <= one < 2**53 for one in numbers):
-        return "expected sizes, strides and an offset from 0"
+    if len(shape) != len(strides) or any(type(one) is not int or not 0 <= one < 2**53 for one in numbers):
+        return "expected an offset, and as many sizes as strides, from 0"
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 not in shape and last >= len(storages[key]):
         return f"shape {tuple(shape)} from {offset} on leaves its storage of {len(storages[key])} values"

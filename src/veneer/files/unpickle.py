@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
 REFUSED = 3
-"""The exit code that says that standard output holds an error: JSON of a message and its problems."""
+"""The exit code that says that standard error holds what is wrong: JSON of a message and its problems."""
 MAX_TENSORS = 20_000
 MAX_DIMS = 16
 MAX_PICKLE = 64 << 20
@@ -46,7 +46,16 @@ class RefusedError(Exception):
         self.message, self.problems = message, problems
 
 
-class StorageType:
+class Fixed:
+    """What a pickle may hold and not change: its `BUILD` instruction finds this instead of the attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> NoReturn:
+        raise RefusedError("changes a tensor after it was made")
+
+
+class StorageType(Fixed):
     """The dtype of a storage, in the place of torch's class of that name."""
 
     __slots__ = ("name", "size")
@@ -55,7 +64,7 @@ class StorageType:
         self.name, self.size = name, size
 
 
-class Storage:
+class Storage(Fixed):
     """A run of numbers in the file."""
 
     __slots__ = ("count", "key", "kind")
@@ -64,7 +73,7 @@ class Storage:
         self.kind, self.key, self.count = kind, key, count
 
 
-class Part:
+class Part(Fixed):
     """A tensor: which part of which storage it is."""
 
     __slots__ = ("offset", "shape", "storage", "strides")
@@ -318,17 +327,17 @@ def main() -> NoReturn:
         file.seek(0)
         (from_zip if first == b"PK" else from_legacy)(file, out, max_bytes)
     except RefusedError as refusal:
-        _tell(out, refusal.message, refusal.problems)
+        _tell(refusal.message, refusal.problems)
     except MemoryError:
-        _tell(out, "asks for more memory than files of tensors need", ())
+        _tell("asks for more memory than files of tensors need", ())
     except RecursionError:
-        _tell(out, "is nested too deeply", ())
+        _tell("is nested too deeply", ())
     sys.exit(0)
 
 
-def _tell(out: IO[bytes], message: str, problems: tuple[str, ...]) -> NoReturn:
-    out.write(json.dumps({"message": message, "problems": problems}).encode())
-    out.flush()
+def _tell(message: str, problems: tuple[str, ...]) -> NoReturn:
+    sys.stderr.buffer.write(json.dumps({"message": message, "problems": problems}).encode())
+    sys.stderr.flush()
     sys.exit(REFUSED)
 
 
