@@ -24,7 +24,7 @@ def pair_of(out_size: int, in_size: int, rank: int, scaling: float, seed: int, *
 
 @st.composite
 def adapters(draw, layers: dict[str, dict], *, dora: bool = False, dtypes=(torch.float32, torch.bfloat16)) -> Adapter:
-    """An adapter of some of these layers: path to the further settings of `pair_of`, and to sizes where they are fixed."""
+    """An adapter of some layers: path to further settings of `pair_of`, and to `sizes` where they are fixed."""
     chosen = draw(st.lists(st.sampled_from(sorted(layers)), min_size=1, unique=True))
     with_magnitudes = dora and draw(st.booleans())
     modules = {}

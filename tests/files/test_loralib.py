@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
-
 from tests.files.drawn import adapters, error_between, pair_of
 from tests.files.test_translate import base_of
+
 from veneer.errors import AdapterError
 from veneer.files.format import Hints, Sight
 from veneer.files.loralib import (
@@ -62,7 +62,7 @@ def test_which_parts_of_a_fused_layer_is_asked_for():
 
 
 def test_without_alpha_nothing_is_guessed(tmp_path):
-    with pytest.raises(AdapterError, match="stores no alpha.*--alpha"):
+    with pytest.raises(AdapterError, match=r"stores no alpha.*--alpha"):
         read_loralib_pickle(GOLDEN / "lora.pt")
     with pytest.raises(AdapterError, match="stores no alpha"):
         write_loralib(foreign_adapter({"q": pair_of(4, 5, 2, 0.5, 0)}))

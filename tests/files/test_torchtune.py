@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
-
 from tests.files.drawn import adapters, error_between, pair_of
 from tests.files.test_translate import base_of
+
 from veneer.errors import AdapterError
 from veneer.files.format import Hints, Sight
 from veneer.files.rotary import to_halves, to_pairs

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.files.drawn import SCALINGS, adapters, error_between, pair_of
+
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.files.peft import adapter_from_files, adapter_to_files
@@ -100,8 +100,8 @@ def test_the_base_tells_the_form():
     assert matrix_form("wte", (4, 4), square) == "embedding"
     with pytest.raises(AdapterError, match=r"weight of shape \(4, 4\), got \(out, in\) = \(4, 5\)"):
         matrix_form("h.0.c", (4, 5), square)
-    with pytest.raises(AdapterError, match="nearest: 'h.0.c.weight'"):
+    with pytest.raises(AdapterError, match=r"nearest: 'h\.0\.c\.weight'"):
         matrix_form("h.0.d", (4, 4), square)
     twice = base_of({"a.h.c.weight": (4, 4), "b.h.c.weight": (4, 4)})
-    with pytest.raises(AdapterError, match="may be a.h.c.weight or b.h.c.weight"):
+    with pytest.raises(AdapterError, match=r"may be a\.h\.c\.weight or b\.h\.c\.weight"):
         weight_shape(twice, "h.c")

@@ -1,7 +1,7 @@
 """Makes the golden files beside it with loralib 0.1.2 and torch 2.13: `python tests/golden/loralib/make.py`.
 
-`lora.pt` is what `lora_state_dict` gives; `expected.safetensors` is what each layer's own merge adds to a weight of zero;
-`base/` is a checkpoint of the shapes.
+`lora.pt` is what `lora_state_dict` gives; `expected.safetensors` is what each layer's own merge adds to a weight of
+zero; `base/` is a checkpoint of the shapes.
 """
 
 from pathlib import Path

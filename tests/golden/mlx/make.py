@@ -1,7 +1,7 @@
 """Makes the golden files beside it with mlx-lm 0.32.2 and mlx 0.32.4 (CPU): `python tests/golden/mlx/make.py`.
 
-`lora` and `dora` are adapters as mlx-lm saves them; `expected.safetensors` is what mlx-lm's own `fuse` makes of them: the
-update alone (over weights of zero) for `lora`, weight and fused weight for `dora`.
+`lora` and `dora` are adapters as mlx-lm saves them; `expected.safetensors` is what mlx-lm's own `fuse` makes of them:
+the update alone (over weights of zero) for `lora`, weight and fused weight for `dora`.
 """
 
 import json
