@@ -223,7 +223,9 @@ def _header_problems(header: dict[str, Any], available: int) -> list[str]:
     if len(entries) > MAX_TENSORS:
         return [f"{len(entries)} tensors; at most {MAX_TENSORS} are read"]
     problems: list[str] = []
-    metadata = header.get(_METADATA, {})
+    metadata = header.get(_METADATA)
+    # mlx writes null where it has none, and safetensors takes it.
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         problems.append(f"{_METADATA} must map strings to strings")
     ranges: list[tuple[int, int, str]] = []
