@@ -1,7 +1,7 @@
 """Conversions: every pair of formats there and back, what is refused, and that nothing half-done is left."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -31,16 +31,23 @@ LANGUAGE = "model.layers.0.self_attn"
 
 @dataclass(frozen=True)
 class Case:
-    """What the tests know of a format: what it carries, the models that its names fit, what it must be told."""
+    """What the tests know of a format: what it carries, the models that its names fit, what it must be told.
+
+    `sizes` are (out, in) of the layers of its base, by name, where its files depend on one.
+    """
 
     forms: tuple[str, ...] = ("linear",)
     models: tuple[str, ...] = (UNET, LANGUAGE)
-    magnitudes: bool = True
+    magnitudes: tuple[str, ...] = ("linear", "transposed", "conv")
     hints: Hints = field(default_factory=Hints)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 CASES: Mapping[str, Case] = {
-    "peft": Case(("linear", "transposed", "embedding", "conv", "experts")),
+    "peft": Case(
+        ("linear", "transposed", "embedding", "conv", "experts"),
+        magnitudes=("linear", "transposed", "embedding", "conv"),
+    ),
     "kohya": Case(("linear", "transposed", "conv")),
     "diffusers": Case(("linear", "transposed", "conv"), (UNET,)),
 }
@@ -59,11 +66,12 @@ def test_every_format_that_is_written_goes_through_the_round_trips():
 
 
 @st.composite
-def adapters(draw, forms, model, magnitudes):
+def adapters(draw, forms, model, magnitudes, sizes):
     """An adapter of one to three modules, each of its own form, rank and scaling."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
-    with_magnitudes, transposed = magnitudes and draw(st.booleans()), draw(st.booleans())
+    with_magnitudes, transposed = bool(magnitudes) and draw(st.booleans()), draw(st.booleans())
+    forms = [form for form in forms if form in magnitudes] if with_magnitudes else forms
     # A matrix is a plain layer's or a Conv1D's, and one configuration says which for all.
     matrix = "transposed" if transposed and "transposed" in forms else "linear"
     modules = {}
@@ -71,13 +79,15 @@ def adapters(draw, forms, model, magnitudes):
         others = [one for one in forms if one not in ("linear", "transposed", "experts")]
         form = draw(st.sampled_from([*others, matrix]))
         rank, out, inputs = (draw(st.integers(1, 6)) for _ in range(3))
+        out, inputs = sizes.get(leaf, (out, inputs))
         kernel = draw(st.sampled_from([(1, 1), (3, 3), (3,), (2, 1, 2)])) if form == "conv" else ()
         A = torch.randn(rank, inputs, *kernel).to(dtype)
         B = torch.randn(out, rank, *(1,) * len(kernel)).to(dtype)
         scaling = draw(st.sampled_from([1.0, 2.0, 0.125, 1 / 3, 16 / 3**0.5, 1e-3]))
         magnitude = torch.rand(out).to(dtype) + 0.5 if with_magnitudes else None
-        modules[f"{model}.{leaf}"] = LowRank(A, B, scaling, form, magnitude)
-    if "experts" in forms and not with_magnitudes and draw(st.booleans()):
+        path = f"{model.partition('.')[0]}.embed_tokens" if form == "embedding" else f"{model}.{leaf}"
+        modules[path] = LowRank(A, B, scaling, form, magnitude)
+    if "experts" in forms and draw(st.booleans()):
         count, rank, out, inputs = (draw(st.integers(low, 4)) for low in (2, 1, 1, 1))
         A, B = torch.randn(count, rank, inputs).to(dtype), torch.randn(count, out, rank).to(dtype)
         modules[f"{model.rpartition('.')[0]}.mlp.experts.down_proj"] = LowRank(A, B, 0.5, "experts")
@@ -90,16 +100,25 @@ def target(folder, name, which):
 
 
 @pytest.mark.parametrize(("one", "other", "model"), PAIRS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_there_and_back_the_deltas_are_the_same(one, other, model, data, tmp_path_factory):
     first, second = CASES[one], CASES[other]
     forms = [form for form in first.forms if form in second.forms]
-    adapter = data.draw(adapters(forms, model, first.magnitudes and second.magnitudes))
+    adapter = data.draw(
+        adapters(
+            forms,
+            model,
+            [form for form in first.magnitudes if form in second.magnitudes],
+            dict(first.sizes) | dict(second.sizes),
+        )
+    )
     folder = tmp_path_factory.mktemp("there")
     save_adapter(adapter, folder / "start")
     convert(folder / "start", one, target(folder, one, "a"), hints=first.hints)
-    there = convert(target(folder, one, "a"), other, target(folder, other, "b"), hints=second.hints)
+    names = [one.name for one in fields(Hints)]
+    both = Hints(**{name: getattr(first.hints, name) or getattr(second.hints, name) for name in names})
+    there = convert(target(folder, one, "a"), other, target(folder, other, "b"), hints=both)
     assert there.source == one
     assert there.proof.worst <= LIMIT
     back = convert(target(folder, other, "b"), "peft", folder / "end", hints=second.hints)
@@ -116,16 +135,19 @@ def test_what_a_format_cannot_carry_is_refused_and_nothing_is_left(name, tmp_pat
     adapter = Adapter(modules, config, {"head.weight": torch.ones(2)}, tokens=rows)
     save_adapter(adapter, tmp_path / "start")
     with pytest.raises(AdapterError) as error:
-        convert(tmp_path / "start", name, target(tmp_path, name, "a"))
+        convert(tmp_path / "start", name, target(tmp_path, name, "a"), hints=CASES[name].hints)
     told = "\n".join(error.value.problems)
     assert "head" in told
     assert "table" in told
     assert [one.name for one in tmp_path.iterdir()] == ["start"]
 
 
-def start(tmp_path, scaling=1.0):
-    pair = LowRank(torch.randn(2, 3), torch.randn(4, 2), scaling)
-    modules = {f"{UNET}.to_q": pair}
+def start(tmp_path, name="diffusers"):
+    """A folder of PEFT's with one adapted layer, of a model that a format's names fit."""
+    case = CASES[name]
+    path = f"{case.models[0]}.{'to_q' if case.models[0] == UNET else 'q_proj'}"
+    out, inputs = case.sizes.get("q_proj", (4, 3))
+    modules = {path: LowRank(torch.randn(2, inputs), torch.randn(out, 2), 1.0)}
     save_adapter(Adapter(modules, settings_for(modules)), tmp_path / "start")
     return tmp_path / "start"
 
@@ -139,8 +161,8 @@ def test_a_writer_that_lies_is_found_out(name, tmp_path, monkeypatch):
         return real.write(replace(adapter, modules=modules), hints)
 
     monkeypatch.setattr(module, "find_format", lambda one: replace(real, write=lying) if one == name else FORMATS[one])
-    with pytest.raises(AdapterError, match=r"nothing was written\n  - .*to_q: 1\.0.e-04"):
-        convert(start(tmp_path), name, target(tmp_path, name, "a"), source="peft")
+    with pytest.raises(AdapterError, match=r"nothing was written\n  - .*(to_q|q_proj): 1\.0.e-04"):
+        convert(start(tmp_path, name), name, target(tmp_path, name, "a"), source="peft", hints=CASES[name].hints)
     assert [one.name for one in tmp_path.iterdir()] == ["start"]
 
 
@@ -157,13 +179,13 @@ def test_what_cannot_be_read_again_is_not_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_what_is_there_stays_unless_it_may_go(name, tmp_path):
-    source, out = start(tmp_path), target(tmp_path, name, "a")
-    convert(source, name, out)
+    source, out, hints = start(tmp_path, name), target(tmp_path, name, "a"), CASES[name].hints
+    convert(source, name, out, hints=hints)
     before = out.stat().st_ino
     with pytest.raises(OutputError, match="exists already"):
-        convert(source, name, out)
+        convert(source, name, out, hints=hints)
     assert out.stat().st_ino == before
-    convert(source, name, out, overwrite=True)
+    convert(source, name, out, overwrite=True, hints=hints)
     assert out.stat().st_ino != before
 
 
