@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from veneer.data.rows import check_rows, read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
+    from veneer.files.format import Format, Hints
+    from veneer.files.formats import list_formats, recognise
     from veneer.files.peft import load_adapter, save_adapter
     from veneer.files.peft_other import OtherAdapter, read_other
+    from veneer.files.shards import read_checkpoint
     from veneer.nn.attach import attach, current_adapter, detach, disabled
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
+    from veneer.tools.convert import Converted, convert
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_record import MergeRecord
     from veneer.tools.summarize import Summary, summarize
@@ -45,8 +49,11 @@ _HOME = {
     "Adapter": "veneer.adapter",
     "AdapterMetadata": "veneer.adapter",
     "Conversion": "veneer.tools.to_lora",
+    "Converted": "veneer.tools.convert",
     "DataConfig": "veneer.config",
     "Evaluation": "veneer.scoring.evaluate",
+    "Format": "veneer.files.format",
+    "Hints": "veneer.files.format",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
     "MergeRecord": "veneer.tools.merge_record",
@@ -65,6 +72,7 @@ _HOME = {
     "check_rows": "veneer.data.rows",
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
+    "convert": "veneer.tools.convert",
     "current_adapter": "veneer.nn.attach",
     "detach": "veneer.nn.attach",
     "disabled": "veneer.nn.attach",
@@ -73,6 +81,7 @@ _HOME = {
     "finetune": "veneer.train.run",
     "fingerprint": "veneer.nn.fingerprint",
     "generate": "veneer.data.answers",
+    "list_formats": "veneer.files.formats",
     "load_adapter": "veneer.files.peft",
     "load_base": "veneer.base.load",
     "load_config": "veneer.base.load",
@@ -84,10 +93,12 @@ _HOME = {
     "plan": "veneer.nn.plan",
     "prepare_evaluation": "veneer.scoring.evaluate",
     "quantise_base": "veneer.base.load",
+    "read_checkpoint": "veneer.files.shards",
     "read_other": "veneer.files.peft_other",
     "read_prompts": "veneer.data.rows",
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
+    "recognise": "veneer.files.formats",
     "run": "veneer.train.run",
     "run_demo": "veneer.demo.run",
     "save_adapter": "veneer.files.peft",
@@ -100,8 +111,11 @@ __all__ = [
     "Adapter",
     "AdapterMetadata",
     "Conversion",
+    "Converted",
     "DataConfig",
     "Evaluation",
+    "Format",
+    "Hints",
     "LoRAConfig",
     "LowRank",
     "MergeRecord",
@@ -121,6 +135,7 @@ __all__ = [
     "check_rows",
     "check_storage",
     "check_template",
+    "convert",
     "current_adapter",
     "detach",
     "disabled",
@@ -129,6 +144,7 @@ __all__ = [
     "finetune",
     "fingerprint",
     "generate",
+    "list_formats",
     "load_adapter",
     "load_base",
     "load_config",
@@ -140,10 +156,12 @@ __all__ = [
     "plan",
     "prepare_evaluation",
     "quantise_base",
+    "read_checkpoint",
     "read_other",
     "read_prompts",
     "read_rows",
     "read_run_file",
+    "recognise",
     "run",
     "run_demo",
     "save_adapter",

@@ -7,11 +7,12 @@ import torch
 
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
-from veneer.files.foreign import SUFFIX, at_scaling, pair_from, settings_for
+from veneer.files.foreign import SUFFIX, pair_from, settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import FORMATS, find_format, recognise, see
 from veneer.files.peft import save_adapter
 from veneer.files.tensors import dump_tensors
+from veneer.files.translate import at_scaling
 
 ADAPTERS = Path(__file__).parents[3] / "shared" / "data" / "adapters"
 

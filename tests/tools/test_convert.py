@@ -18,6 +18,7 @@ from veneer.files.foreign import settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import FORMATS
 from veneer.files.peft import load_adapter, save_adapter
+from veneer.files.shards import Checkpoint, StoredTensor
 from veneer.files.tensors import dump_tensors
 from veneer.tools import convert as module
 from veneer.tools.compare import compare_deltas
@@ -43,6 +44,27 @@ class Case:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
+SIZES = {"q_proj": (8, 6), "k_proj": (4, 6), "v_proj": (4, 6)}
+LLAMA = Checkpoint(
+    Path("llama"),
+    {
+        f"{LANGUAGE}.{leaf}.weight": StoredTensor("model.safetensors", "F32", shape, 0, 4 * shape[0] * shape[1])
+        for leaf, shape in SIZES.items()
+    },
+    {},
+    {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 16,
+    },
+)
+"""A base of one layer, for formats that need one."""
+
 CASES: Mapping[str, Case] = {
     "peft": Case(
         ("linear", "transposed", "embedding", "conv", "experts"),
@@ -50,6 +72,10 @@ CASES: Mapping[str, Case] = {
     ),
     "kohya": Case(("linear", "transposed", "conv")),
     "diffusers": Case(("linear", "transposed", "conv"), (UNET,)),
+    "mlx": Case(("linear", "embedding", "experts"), (LANGUAGE,)),
+    "loralib": Case(("linear",), (LANGUAGE, UNET), (), Hints(alpha=8.0)),
+    "torchtune": Case(("linear",), (LANGUAGE,), ("linear",), Hints(base=LLAMA, alpha=8.0), SIZES),
+    "gguf": Case(("linear",), (LANGUAGE,), (), Hints(base=LLAMA), SIZES),
 }
 """A row for each format that is written; a format without one fails the first test."""
 

@@ -23,7 +23,6 @@ from veneer.files.filesystem import Content
 from veneer.files.foreign import (
     ENOUGH,
     Single,
-    at_scaling,
     carrying_problems,
     pair_from,
     read_single,
@@ -38,6 +37,7 @@ from veneer.files.peft_folder import CONFIG, PREFIX, TENSORS
 from veneer.files.peft_layout import write_factors
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_HEADER, dump_tensors, non_finite, tensor_pieces
+from veneer.files.translate import at_scaling
 from veneer.names import did_you_mean
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -124,25 +124,6 @@ def pair_from(A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = N
     return LowRank(A.to(dtype), B.to(dtype), scaling, form, flat)
 
 
-def at_scaling(pair: LowRank, scaling: float) -> LowRank:
-    """Return the same update with another scaling: what is between the two goes into lora_B.
-
-    Where the dtype does not hold the product exactly, and is not float32 or wider, both factors become float32.
-
-    Example:
-        >>> one = at_scaling(LowRank(torch.ones(1, 2), torch.ones(2, 1), 2.0), 1.0)
-        >>> one.scaling, one.lora_B.tolist()
-        (1.0, [[2.0], [2.0]])
-    """
-    if pair.scaling == scaling:
-        return pair
-    exact = pair.lora_B.double() * (pair.scaling / scaling)
-    rounded = exact.to(pair.lora_B.dtype)
-    if rounded.dtype.itemsize >= 4 or torch.equal(rounded.double(), exact):
-        return replace(pair, lora_B=rounded, scaling=scaling)
-    return replace(pair, lora_A=pair.lora_A.float(), lora_B=exact.float(), scaling=scaling)
-
-
 def settings_for(
     modules: Mapping[str, LowRank], *, saved: Iterable[str] = (), base: LoRAConfig | None = None
 ) -> LoRAConfig:

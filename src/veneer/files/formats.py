@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.files import diffusers, kohya
+from veneer.files import diffusers, gguf_lora, kohya, loralib, mlx, pickles, torchtune
 from veneer.files.commit import readable_folder
 from veneer.files.filesystem import REAL, Content, FileSystem
 from veneer.files.foreign import SUFFIX
@@ -54,7 +54,19 @@ PEFT = Format(
 )
 """PEFT's layout, which is ours too."""
 
-FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in (PEFT, kohya.FORMAT, diffusers.FORMAT)})
+_ROWS = (
+    PEFT,
+    pickles.FORMAT,
+    kohya.FORMAT,
+    diffusers.FORMAT,
+    mlx.FORMAT,
+    gguf_lora.FORMAT,
+    loralib.FORMAT,
+    loralib.PICKLE,
+    torchtune.FORMAT,
+    torchtune.PICKLE,
+)
+FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ROWS})
 """Every format by its name."""
 
 

@@ -33,7 +33,6 @@ from veneer.files.filesystem import Content
 from veneer.files.foreign import (
     ENOUGH,
     Single,
-    at_scaling,
     carrying_problems,
     pair_from,
     read_single,
@@ -50,6 +49,7 @@ from veneer.files.patterns import alpha_giving
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.strict_json import parse_json
 from veneer.files.tensors import MAX_HEADER, non_finite, tensor_pieces
+from veneer.files.translate import at_scaling
 from veneer.names import did_you_mean
 
 FILE = "lora.safetensors"

@@ -14,11 +14,11 @@ from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_file, commit_folder, discard
 from veneer.files.components import component_of, components_in, likely_component, paths_of, select
 from veneer.files.filesystem import REAL, Content, FileSystem
-from veneer.files.foreign import at_scaling
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
 from veneer.files.peft import save_adapter
 from veneer.files.peft_other import OtherAdapter
+from veneer.files.translate import at_scaling
 from veneer.tools.compare import Difference, compare_deltas
 from veneer.tools.to_lora import to_lora
 
