@@ -21,6 +21,7 @@ IN_FUNCTION_IMPORTS = {
     ("scoring/scores.py", "_sacrebleu"),
     ("demo/dates.py", "_babel"),
     ("data/tables.py", "_pyarrow"),
+    ("files/gguf_container.py", "gguf_package"),
 }
 
 

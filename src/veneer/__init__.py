@@ -24,14 +24,18 @@ if TYPE_CHECKING:
     from veneer.data.rows import check_rows, read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
+    from veneer.files.format import Format, Hints
+    from veneer.files.formats import list_formats, recognise
     from veneer.files.peft import load_adapter, save_adapter
     from veneer.files.peft_other import OtherAdapter, read_other
+    from veneer.files.shards import read_checkpoint
     from veneer.nn.attach import attach, current_adapter, detach, disabled
     from veneer.nn.fingerprint import fingerprint
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
     from veneer.scoring.merge_checkpoint import merge_checkpoint
     from veneer.tools.combine import Combination, combine
+    from veneer.tools.convert import Converted, convert
     from veneer.tools.extract import Extraction, extract
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_checkpoint import merge_files
@@ -53,9 +57,12 @@ _HOME = {
     "CheckpointMerge": "veneer.tools.merge_checkpoint_record",
     "Combination": "veneer.tools.combine",
     "Conversion": "veneer.tools.to_lora",
+    "Converted": "veneer.tools.convert",
     "DataConfig": "veneer.config",
     "Evaluation": "veneer.scoring.evaluate",
     "Extraction": "veneer.tools.extract",
+    "Format": "veneer.files.format",
+    "Hints": "veneer.files.format",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
     "MergeRecord": "veneer.tools.merge_record",
@@ -76,6 +83,7 @@ _HOME = {
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
     "combine": "veneer.tools.combine",
+    "convert": "veneer.tools.convert",
     "current_adapter": "veneer.nn.attach",
     "detach": "veneer.nn.attach",
     "disabled": "veneer.nn.attach",
@@ -86,6 +94,7 @@ _HOME = {
     "finetune": "veneer.train.run",
     "fingerprint": "veneer.nn.fingerprint",
     "generate": "veneer.data.answers",
+    "list_formats": "veneer.files.formats",
     "load_adapter": "veneer.files.peft",
     "load_base": "veneer.base.load",
     "load_config": "veneer.base.load",
@@ -99,10 +108,12 @@ _HOME = {
     "plan": "veneer.nn.plan",
     "prepare_evaluation": "veneer.scoring.evaluate",
     "quantise_base": "veneer.base.load",
+    "read_checkpoint": "veneer.files.shards",
     "read_other": "veneer.files.peft_other",
     "read_prompts": "veneer.data.rows",
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
+    "recognise": "veneer.files.formats",
     "resize": "veneer.tools.resize",
     "run": "veneer.train.run",
     "run_demo": "veneer.demo.run",
@@ -118,9 +129,12 @@ __all__ = [
     "CheckpointMerge",
     "Combination",
     "Conversion",
+    "Converted",
     "DataConfig",
     "Evaluation",
     "Extraction",
+    "Format",
+    "Hints",
     "LoRAConfig",
     "LowRank",
     "MergeRecord",
@@ -142,6 +156,7 @@ __all__ = [
     "check_storage",
     "check_template",
     "combine",
+    "convert",
     "current_adapter",
     "detach",
     "disabled",
@@ -152,6 +167,7 @@ __all__ = [
     "finetune",
     "fingerprint",
     "generate",
+    "list_formats",
     "load_adapter",
     "load_base",
     "load_config",
@@ -165,10 +181,12 @@ __all__ = [
     "plan",
     "prepare_evaluation",
     "quantise_base",
+    "read_checkpoint",
     "read_other",
     "read_prompts",
     "read_rows",
     "read_run_file",
+    "recognise",
     "resize",
     "run",
     "run_demo",

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from veneer.cli import combine, demo, evaluate, extract, generate, merge, resize, show, train
+from veneer.cli import combine, convert, demo, evaluate, extract, generate, merge, resize, show, train
 from veneer.errors import VeneerError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("show", epilog=show.EXAMPLE)(show.show)
+app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("combine", epilog=combine.EXAMPLE)(combine.combine)
 app.command("resize", epilog=resize.EXAMPLE)(resize.resize)
 app.command("merge", epilog=merge.EXAMPLE)(merge.merge)

@@ -362,7 +362,7 @@ def _read_file(folder: Path, file: str, fs: FileSystem) -> tuple[dict[str, Store
         header, start = parse_header(first + bytes(fs.read_range(path, _LENGTH, length)), str(path), size)
     except OSError as cause:
         raise BaseModelError(f"{path}: cannot be read: {cause}") from cause
-    metadata = header.pop(_METADATA, {})
+    metadata = header.pop(_METADATA, None) or {}
     by_place = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
     tensors = {
         name: StoredTensor(file, one["dtype"], tuple(one["shape"]), start + begin, end - begin)

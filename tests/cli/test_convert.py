@@ -1,0 +1,51 @@
+"""`veneer convert`."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from veneer.adapter import Adapter, LowRank
+from veneer.cli.main import app
+from veneer.errors import ConfigError
+from veneer.files.foreign import settings_for
+from veneer.files.peft import save_adapter
+
+
+@pytest.fixture
+def start(tmp_path):
+    pair = LowRank(torch.randn(2, 3), torch.randn(4, 2), 3.0)
+    modules = {f"model.layers.{index}.self_attn.q_proj": pair for index in range(3)}
+    save_adapter(Adapter(modules, settings_for(modules)), tmp_path / "start")
+    return tmp_path / "start"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_table_with_the_error_of_each_group(start, tmp_path):
+    done = run(start, "--to", "kohya", "--out", tmp_path / "a.safetensors")
+    assert done.exit_code == 0
+    assert "largest error" in done.output
+    assert "q_proj" in done.output
+    assert (tmp_path / "a.safetensors").is_file()
+
+
+def test_json_for_machines(start, tmp_path):
+    done = run(start, "--to", "kohya", "--out", tmp_path / "a.safetensors", "--json")
+    said = json.loads(done.output)
+    assert (said["from"], said["to"], said["modules"]) == ("peft", "kohya", 3)
+    assert max(said["errors"].values()) == said["worst_error"] <= 1e-6
+
+
+def test_the_list_of_formats():
+    assert "kohya" in run("--list").output
+    names = [row["name"] for row in json.loads(run("--list", "--json").output)["formats"]]
+    assert {"peft", "kohya", "diffusers"} <= set(names)
+
+
+def test_what_is_missing_is_told_at_once():
+    with pytest.raises(ConfigError, match=r"convert needs PATH, --to, --out"):
+        run()
