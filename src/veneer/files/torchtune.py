@@ -30,6 +30,7 @@ from veneer.files.shards import Checkpoint
 from veneer.files.tensors import dump_tensors, non_finite, read_tensors
 from veneer.files.translate import (
     alpha_hint,
+    alpha_problem,
     at_rank,
     at_scaling,
     foreign_adapter,
@@ -65,7 +66,8 @@ _HEAD, _OUTPUT = "lm_head", "output"
 
 
 def _recognise(sight: Sight) -> bool:
-    return any(_KEY.fullmatch(key) and _to_ours(_KEY.fullmatch(key)["path"]) for key in sight.keys)  # type: ignore[index]
+    found = (_KEY.fullmatch(key) for key in sight.keys)
+    return any(one is not None and _to_ours(one["path"]) is not None for one in found)
 
 
 def read_torchtune(path: str | Path, hints: Hints | None = None) -> Adapter:
@@ -160,8 +162,8 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
         ['torchtune_adapter.safetensors']
     """
     hints = hints or Hints()
-    alpha = alpha_hint(hints, "the adapter", _PROGRAM)
-    problems = unfit(adapter, ("linear",), _PROGRAM, dora=("linear",)) + trained_unfit(adapter, _PROGRAM)
+    problems = [problem] if (problem := alpha_problem(hints, _PROGRAM)) else []
+    problems += unfit(adapter, ("linear",), _PROGRAM, dora=("linear",)) + trained_unfit(adapter, _PROGRAM)
     if adapter.config.invocation_tokens:
         problems.append(f"{_PROGRAM} has no invocation tokens (activated LoRA)")
     names = {path: _to_theirs(path) for path in adapter.modules}
@@ -174,7 +176,7 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     problems += non_finite(adapter.tensors())
     refuse("the adapter", f"{_PROGRAM}'s layout cannot carry it", problems)
     heads = _heads(hints.base, adapter.modules, "the adapter")
-    rank = max(pair.rank for pair in adapter.modules.values())
+    alpha, rank = alpha_hint(hints, "the adapter", _PROGRAM), max(pair.rank for pair in adapter.modules.values())
     tensors: dict[str, Tensor] = {}
     for path, pair in adapter.modules.items():
         even = at_rank(at_scaling(replace(pair, frozen_rank=0), alpha / rank), rank)
