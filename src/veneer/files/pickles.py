@@ -59,7 +59,7 @@ def read_pickle(
             code of the file was run.
 
     Cost:
-        A process, about 0.1 s; the file read once; twice its bytes in memory.
+        A process, about 0.1 s; the file is read once; about four times its bytes in memory for a moment.
 
     Example:
         >>> import tempfile, torch
