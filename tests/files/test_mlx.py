@@ -105,6 +105,16 @@ def test_mixtral_has_its_experts_elsewhere(tmp_path):
     assert error_between(read_mlx(save(tmp_path, files), Hints(base=base)), adapter) == 0
 
 
+def test_layers_of_gpt2_are_named_as_mlx_lm_does(tmp_path):
+    base = base_of({"h.0.attn.c_proj.weight": (4, 4)}, model_type="gpt2")
+    adapter = foreign_adapter({"transformer.h.0.attn.c_proj": pair_of(4, 4, 2, 0.5, 0, form="transposed")})
+    with pytest.raises(AdapterError, match="Conv1D; how mlx-lm names it, the base tells"):
+        write_mlx(adapter)
+    files = write_mlx(adapter, Hints(base=base))
+    assert json.loads(files[CONFIG])["lora_parameters"]["keys"] == ["model.h.0.attn.c_proj"]
+    assert error_between(read_mlx(save(tmp_path, files), Hints(base=base)), adapter) == 0
+
+
 def test_what_mlx_lm_cannot_carry_is_refused_all_at_once():
     modules = {
         "model.conv": pair_of(4, 5, 2, 0.5, 0, form="conv"),

@@ -211,6 +211,20 @@ def test_malformed_pickles_are_typed_errors(name, tmp_path):
         read_pickle(zipped(tmp_path, data, _0=struct.pack("<2f", *values)))
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10_000), value=st.integers(0, 255), new=st.booleans())
+def test_any_changed_byte_is_read_or_a_typed_error(place, value, new, tmp_path):
+    torch.save({"x": torch.ones(3), "y": torch.ones(2, 2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[place % len(data)] = value
+    (tmp_path / "a.pt").write_bytes(data)
+    try:
+        found = read_pickle(tmp_path / "a.pt")
+    except AdapterError:
+        return
+    assert all(isinstance(one, torch.Tensor) for one in found.values())
+
+
 def test_what_takes_for_ever_or_all_memory_ends(tmp_path):
     with pytest.raises(AdapterError, match="the process that opened it ended with -"):
         read_pickle(zipped(tmp_path, LAUGHS), seconds=1)

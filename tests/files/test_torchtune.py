@@ -65,6 +65,20 @@ def test_round_trip(family, adapter, tmp_path):
     assert error_between(read_torchtune(tmp_path / FILE, hints), adapter) < 1e-6
 
 
+def test_alpha_may_lie_beside(tmp_path):
+    hints = Hints(base=base(), alpha=3)
+    adapter = foreign_adapter({f"{LAYER}.mlp.up_proj": pair_of(24, 32, 2, 1.5, 0)})
+    (tmp_path / FILE).write_bytes(write_torchtune(adapter, hints)[FILE])
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 3, "peft_type": "LORA"}')
+    assert error_between(read_torchtune(tmp_path / FILE), adapter) == 0
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "3"}')
+    with pytest.raises(AdapterError, match="its alpha cannot be used"):
+        read_torchtune(tmp_path / FILE)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="stores no alpha"):
+        read_torchtune(tmp_path / FILE)
+
+
 def test_rows_move_for_families_in_pairs_alone():
     adapter = foreign_adapter({f"{LAYER}.self_attn.k_proj": pair_of(16, 32, 2, 0.5, 0)})
     written = {}

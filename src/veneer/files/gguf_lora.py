@@ -161,13 +161,16 @@ def write_gguf_lora(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     problems = unfit(adapter, ("linear", "transposed", "embedding", "experts"), _PROGRAM)
     problems += trained_unfit(adapter, _PROGRAM)
     problems += non_finite(adapter.tensors())
-    base, family = _family(hints, "the adapter")
     modules, more = _parted(adapter.modules)
-    problems += more
-    names, more = _names_for(modules, base, family)
     problems += more
     if not modules:
         problems.append("there is no adapted module")
+    try:
+        base, family = _family(hints, "the adapter")
+    except AdapterError as error:
+        raise AdapterError(error.message, problems) from None
+    names, more = _names_for(modules, base, family)
+    problems += more
     refuse("the adapter", f"{_PROGRAM} cannot carry it", problems)
     heads = heads_of(base.config, str(base.folder)) if family.pairs else None
     alpha = _common_alpha(modules)

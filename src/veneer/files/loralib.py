@@ -33,6 +33,7 @@ from veneer.files.pickles import SUFFIXES, read_pickle
 from veneer.files.tensors import dump_tensors, non_finite, read_tensors
 from veneer.files.translate import (
     alpha_hint,
+    alpha_problem,
     at_scaling,
     foreign_adapter,
     matrix_form,
@@ -160,8 +161,9 @@ def write_loralib(adapter: Adapter, hints: Hints | None = None) -> dict[str, Con
         >>> sorted(write_loralib(adapter, Hints(alpha=2)))
         ['lora.safetensors']
     """
-    alpha = alpha_hint(hints or Hints(), "the adapter", _PROGRAM)
-    problems = unfit(adapter, ("linear", "transposed", "embedding", "conv"), _PROGRAM)
+    hints = hints or Hints()
+    problems = [problem] if (problem := alpha_problem(hints, _PROGRAM)) else []
+    problems += unfit(adapter, ("linear", "transposed", "embedding", "conv"), _PROGRAM)
     problems += [
         f"{path}: {_PROGRAM} has no place for a parameter that trained whole but for biases"
         for path in adapter.trained
@@ -176,6 +178,7 @@ def write_loralib(adapter: Adapter, hints: Hints | None = None) -> dict[str, Con
     ]
     problems += non_finite(adapter.tensors())
     refuse("the adapter", f"{_PROGRAM}'s keys cannot carry it", problems)
+    alpha = alpha_hint(hints, "the adapter", _PROGRAM)
     tensors: dict[str, Tensor] = {}
     for path, pair in adapter.modules.items():
         even = at_scaling(pair, alpha / pair.rank)

@@ -55,6 +55,8 @@ _PROGRAM = "mlx-lm"
 _KEY = re.compile(r"(?P<path>.+)\.(?P<leaf>lora_a|lora_b|m)")
 _LEAVES = ("lora_a", "lora_b", "m")
 _SWITCH, _EXPERTS = "switch_mlp", "experts"
+_ROOTS = {"gpt2": ("transformer.", "model.")}
+"""Model types whose modules have another root in mlx-lm: transformers' and its own."""
 _OWN_EXPERTS = ("gpt_oss", "llama4_text")
 """Model types whose experts lie another way in transformers than gate before up."""
 
@@ -81,16 +83,17 @@ def read_mlx(folder: str | Path, hints: Hints | None = None) -> Adapter:
     tensors = _read_tensors(folder)
     fine_tune_type, rank, scale, dropout = _settings(raw, f"{folder / CONFIG}")
     parts, problems = _sort(tensors)
+    roots = _ROOTS.get(_model_type(hints), ("", ""))[::-1]
     modules: dict[str, LowRank] = {}
     for path, found in parts.items():
         try:
-            pair = _read_pair(path, found, scale, hints)
+            pair = _read_pair(_moved(path, *roots), found, scale, hints)
         except AdapterError as error:
             problems += error.problems or [error.message if path in error.message else f"{path}: {error.message}"]
             continue
         if pair.rank != rank:
             problems.append(f"{path}: expected rank {rank}, as lora_parameters says, got {pair.rank}")
-        modules[path] = pair
+        modules[_moved(path, *roots)] = pair
     if fine_tune_type == "dora":
         problems += [f"{path}: fine_tune_type is 'dora', but there is no m" for path in _without_magnitude(modules)]
     else:
@@ -113,7 +116,7 @@ def write_mlx(adapter: Adapter, hints: Hints | None = None) -> dict[str, Content
 
     Args:
         adapter: The adapter.
-        hints: Only `base` is looked at: the family decides where its experts lie.
+        hints: Only `base` is looked at: the family decides where its experts lie, and what GPT-2's layers are called.
 
     Raises:
         AdapterError: If mlx-lm has no place for something, all at once.
@@ -315,4 +318,16 @@ def _to_switches(modules: Mapping[str, LowRank], hints: Hints) -> tuple[dict[str
             named[f"{place}.{GATE}"], named[f"{place}.{UP}"] = split_gate_up(pair, path)
         except AdapterError as error:
             problems.append(error.message)
-    return {path: replace(pair, frozen_rank=0) for path, pair in named.items()}, problems
+    root, own = _ROOTS.get(kind, ("", ""))
+    if not root:
+        problems += [
+            f"{path}: a layer of transformers' Conv1D; how {_PROGRAM} names it, the base tells: --base"
+            for path, pair in named.items()
+            if pair.form == "transposed"
+        ]
+    return {_moved(path, root, own): replace(pair, frozen_rank=0) for path, pair in named.items()}, problems
+
+
+def _moved(path: str, root: str, other: str) -> str:
+    """Return a path with another root."""
+    return f"{other}{path.removeprefix(root)}" if root and path.startswith(root) else path

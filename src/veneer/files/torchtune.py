@@ -22,14 +22,18 @@ from torch import Tensor
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
-from veneer.files.filesystem import Content
+from veneer.files.filesystem import REAL, Content
 from veneer.files.format import Format, Hints, Sight
+from veneer.files.peft_folder import CONFIG, MAX_CONFIG
+from veneer.files.peft_values import number
 from veneer.files.pickles import SUFFIXES, read_pickle
 from veneer.files.rotary import Heads, heads_of, is_rotated, reordered
 from veneer.files.shards import Checkpoint
+from veneer.files.strict_json import parse_json
 from veneer.files.tensors import dump_tensors, non_finite, read_tensors
 from veneer.files.translate import (
     alpha_hint,
+    alpha_problem,
     at_rank,
     at_scaling,
     foreign_adapter,
@@ -65,7 +69,8 @@ _HEAD, _OUTPUT = "lm_head", "output"
 
 
 def _recognise(sight: Sight) -> bool:
-    return any(_KEY.fullmatch(key) and _to_ours(_KEY.fullmatch(key)["path"]) for key in sight.keys)  # type: ignore[index]
+    found = (_KEY.fullmatch(key) for key in sight.keys)
+    return any(one is not None and _to_ours(one["path"]) is not None for one in found)
 
 
 def read_torchtune(path: str | Path, hints: Hints | None = None) -> Adapter:
@@ -73,7 +78,8 @@ def read_torchtune(path: str | Path, hints: Hints | None = None) -> Adapter:
 
     Args:
         path: The file.
-        hints: `alpha`, which is not stored; `base`, whose configuration says the heads, where q or k is adapted.
+        hints: `alpha`, which is not stored, unless torchtune's export for PEFT lies beside, whose `lora_alpha` it is;
+            `base`, whose configuration says the heads, where q or k is adapted.
 
     Raises:
         AdapterError: If a tensor is not used, or does not fit; without an alpha, or a base that is needed.
@@ -90,7 +96,7 @@ def read_torchtune(path: str | Path, hints: Hints | None = None) -> Adapter:
     path = Path(path)
     if path.suffix in SUFFIXES:
         raise AdapterError(f"{path}: looks like a pickle, which is opened only if asked for: --from {PICKLE.name}")
-    return adapter_from_torchtune(read_tensors(path), hints or Hints(), str(path))
+    return adapter_from_torchtune(read_tensors(path), _with_alpha(path, hints), str(path))
 
 
 def read_torchtune_pickle(path: str | Path, hints: Hints | None = None) -> Adapter:
@@ -102,7 +108,7 @@ def read_torchtune_pickle(path: str | Path, hints: Hints | None = None) -> Adapt
     Example:
         read_torchtune_pickle("epoch_0/adapter_model.pt", Hints(alpha=16, base=read_checkpoint("llama")))
     """
-    return adapter_from_torchtune(read_pickle(path), hints or Hints(), str(path))
+    return adapter_from_torchtune(read_pickle(path), _with_alpha(Path(path), hints), str(path))
 
 
 def adapter_from_torchtune(tensors: Mapping[str, Tensor], hints: Hints, where: str) -> Adapter:
@@ -160,8 +166,8 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
         ['torchtune_adapter.safetensors']
     """
     hints = hints or Hints()
-    alpha = alpha_hint(hints, "the adapter", _PROGRAM)
-    problems = unfit(adapter, ("linear",), _PROGRAM, dora=("linear",)) + trained_unfit(adapter, _PROGRAM)
+    problems = [problem] if (problem := alpha_problem(hints, _PROGRAM)) else []
+    problems += unfit(adapter, ("linear",), _PROGRAM, dora=("linear",)) + trained_unfit(adapter, _PROGRAM)
     if adapter.config.invocation_tokens:
         problems.append(f"{_PROGRAM} has no invocation tokens (activated LoRA)")
     names = {path: _to_theirs(path) for path in adapter.modules}
@@ -174,7 +180,7 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     problems += non_finite(adapter.tensors())
     refuse("the adapter", f"{_PROGRAM}'s layout cannot carry it", problems)
     heads = _heads(hints.base, adapter.modules, "the adapter")
-    rank = max(pair.rank for pair in adapter.modules.values())
+    alpha, rank = alpha_hint(hints, "the adapter", _PROGRAM), max(pair.rank for pair in adapter.modules.values())
     tensors: dict[str, Tensor] = {}
     for path, pair in adapter.modules.items():
         even = at_rank(at_scaling(replace(pair, frozen_rank=0), alpha / rank), rank)
@@ -187,6 +193,18 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
 
 FORMAT = Format(_PROGRAM, _PROGRAM, _recognise, read_torchtune, write_torchtune, file=FILE)
 PICKLE = Format(f"{_PROGRAM}-pt", f"{_PROGRAM} in a pickle", lambda _: False, read_torchtune_pickle, is_pickle=True)
+
+
+def _with_alpha(path: Path, hints: Hints | None) -> Hints:
+    """Return the hints with the alpha that the configuration beside a file says, where none was given."""
+    hints, beside = hints or Hints(), path.parent / CONFIG
+    if hints.alpha is not None or not REAL.exists(beside):
+        return hints
+    raw = parse_json(REAL.read_bytes(beside, MAX_CONFIG), str(beside), max_bytes=MAX_CONFIG)
+    problems: list[str] = []
+    alpha = number(raw, "lora_alpha", 0, problems) if isinstance(raw, dict) and "lora_alpha" in raw else None
+    refuse(str(beside), "its alpha cannot be used", problems)
+    return replace(hints, alpha=alpha)
 
 
 def _to_theirs(path: str) -> str | None:

@@ -133,6 +133,21 @@ def common_scaling(modules: Mapping[str, LowRank]) -> float:
     return Counter(sorted((pair.scaling for pair in modules.values()), reverse=True)).most_common(1)[0][0]
 
 
+def alpha_problem(hints: Hints, program: str) -> str | None:
+    """Return why the hinted alpha cannot be used for files that do not hold it, or None.
+
+    Example:
+        >>> alpha_problem(Hints(alpha=-1), "loralib")
+        'alpha must be positive and finite, got -1'
+    """
+    if hints.alpha is None:
+        return (
+            f"{program} stores no alpha, and without it the update's size is unknown; give the one that the layers are"
+            " made with: --alpha"
+        )
+    return None if 0 < hints.alpha < float("inf") else f"alpha must be positive and finite, got {hints.alpha!r}"
+
+
 def alpha_hint(hints: Hints, where: str, program: str) -> float:
     """Return the alpha that somebody said, for files that do not hold it.
 
@@ -143,14 +158,9 @@ def alpha_hint(hints: Hints, where: str, program: str) -> float:
         >>> alpha_hint(Hints(alpha=16), "a.safetensors", "loralib")
         16.0
     """
-    if hints.alpha is None:
-        raise AdapterError(
-            f"{where}: {program} stores no alpha, and without it the update's size is unknown; give the one that the"
-            " layers were made with: --alpha"
-        )
-    if not 0 < hints.alpha < float("inf"):
-        raise AdapterError(f"alpha must be positive and finite, got {hints.alpha!r}")
-    return float(hints.alpha)
+    if problem := alpha_problem(hints, program):
+        raise AdapterError(f"{where}: {problem}")
+    return float(hints.alpha or 0.0)
 
 
 def unfit(adapter: Adapter, forms: Collection[str], program: str, *, dora: Collection[str] = ()) -> list[str]:

@@ -11,6 +11,7 @@ The layout of the files: torch 2.13, `torch/serialization.py` (`_save`, `_legacy
 import collections
 import encodings.cp437  # noqa: F401 - names in a zip may be in it, and later nothing can be imported
 import json
+import os
 import pickle
 import resource
 import struct
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
 REFUSED = 3
-"""The exit code that says that standard error holds what is wrong: JSON of a message and its problems."""
+"""The exit code that says that a line of standard error is what is wrong: JSON of a message and its problems."""
 MAX_TENSORS = 20_000
 MAX_DIMS = 16
 MAX_PICKLE = 64 << 20
@@ -332,13 +333,13 @@ def main() -> NoReturn:
         _tell("asks for more memory than files of tensors need", ())
     except RecursionError:
         _tell("is nested too deeply", ())
-    sys.exit(0)
+    os._exit(0)  # what Python does at its end, the hook would refuse
 
 
 def _tell(message: str, problems: tuple[str, ...]) -> NoReturn:
-    sys.stderr.buffer.write(json.dumps({"message": message, "problems": problems}).encode())
+    sys.stderr.buffer.write(b"\n" + json.dumps({"message": message, "problems": problems}).encode() + b"\n")
     sys.stderr.flush()
-    sys.exit(REFUSED)
+    os._exit(REFUSED)
 
 
 if __name__ == "__main__":
