@@ -18,7 +18,7 @@ from veneer.files.foreign import settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import FORMATS
 from veneer.files.peft import load_adapter, save_adapter
-from veneer.files.shards import Checkpoint, StoredTensor
+from veneer.files.shards import Checkpoint, StoredTensor, read_checkpoint
 from veneer.files.tensors import dump_tensors
 from veneer.tools import convert as module
 from veneer.tools.compare import compare_deltas
@@ -343,3 +343,31 @@ def test_real_heads_are_refused_by_name(name, tmp_path):
     with pytest.raises(AdapterError, match=r"classifier\.weight: trained whole"):
         convert(ADAPTERS / name, "kohya", tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dora_becomes_lora_on_the_weights_of_a_base(tmp_path):
+    """Of full rank it does what the magnitudes do, under whatever first names the base's files have."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, generator=draw)
+    pair = LowRank(torch.randn(2, 5, generator=draw), torch.randn(6, 2, generator=draw), 1.0, magnitude=torch.rand(6))
+    plain = replace(pair, magnitude=None)
+    paths = f"{LANGUAGE}.q_proj", f"{LANGUAGE}.v_proj"
+    config = LoRAConfig(rank=2, alpha=2, use_dora=True, target_modules=["q_proj", "v_proj"])
+    dora = Adapter(dict.fromkeys(paths, pair), config)
+    save_adapter(dora, tmp_path / "dora")
+    (tmp_path / "base").mkdir()
+    stored = {path.removeprefix("model.") + ".weight": weight for path in paths}
+    (tmp_path / "base" / "model.safetensors").write_bytes(dump_tensors(stored))
+    hints = Hints(base=read_checkpoint(tmp_path / "base"))
+    done = convert(tmp_path / "dora", "lora", tmp_path / "lora", hints=hints, rank=5)
+    total = weight.double() + plain.delta()
+    meant = total * (pair.magnitude.double() / total.norm(dim=1))[:, None] - weight.double()
+    for path in paths:
+        torch.testing.assert_close(load_adapter(tmp_path / "lora").modules[path].delta(), meant, rtol=1e-5, atol=1e-6)
+    assert max(done.made.values()) < 1e-6
+    smaller = convert(tmp_path / "dora", "lora", tmp_path / "smaller", hints=hints, rank=1)
+    assert all(0.01 < error < 1 for error in smaller.made.values())
+    for lacking in ({"hints": hints}, {"rank": 4}):
+        with pytest.raises(AdapterError, match=r"DoRA.* in 2 modules.*give --base DIR and --rank N"):
+            convert(tmp_path / "dora", "lora", tmp_path / "no", **lacking)
+    assert not (tmp_path / "no").exists()

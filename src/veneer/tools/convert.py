@@ -5,9 +5,11 @@ source's. Nothing stands under the target's name before that.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError, OutputError
@@ -18,9 +20,11 @@ from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
 from veneer.files.peft import save_adapter
 from veneer.files.peft_other import OtherAdapter
+from veneer.files.shards import Checkpoint, read_tensor
 from veneer.files.translate import at_scaling
 from veneer.tools.compare import Difference, compare_deltas
-from veneer.tools.to_lora import to_lora
+from veneer.tools.merge_checkpoint_names import find_renaming
+from veneer.tools.to_lora import dora_to_lora, to_lora
 
 LIMIT = 1e-6
 """The largest relative error of a module that passes for the same."""
@@ -70,7 +74,7 @@ def convert(
     Args:
         path: The file or folder to read.
         to: The format to write, see `files.formats.FORMATS`; or `lora`, which makes plain LoRA of LoHa, LoKr, VeRA and
-            AdaLoRA and writes it as PEFT does.
+            AdaLoRA, and of DoRA given the base and a rank, and writes it as PEFT does.
         out: The file or folder to write.
         source: The format to read; None recognises it.
         hints: What the files leave out.
@@ -112,7 +116,7 @@ def convert(
             " its own that may do nothing but make tensors"
         )
     notes: list[str] = []
-    adapter, made = _plain(origin.read(path, hints), to, rank, path)
+    adapter, made = _plain(origin.read(path, hints), to, rank, path, hints)
     adapter, hints = _placed(adapter, origin, target, hints, notes, path)
     adapter = _writable(adapter, notes)
     proof = _write(adapter, target, out, hints, overwrite)
@@ -129,19 +133,36 @@ def writable() -> list[str]:
     return [one.name for one in FORMATS.values() if one.write is not None]
 
 
-def _plain(read: Adapter | OtherAdapter, to: str, rank: int | None, path: Path) -> tuple[Adapter, Mapping[str, float]]:
-    """Return plain LoRA, and what it cost to make it."""
-    if isinstance(read, Adapter):
+def _plain(
+    read: Adapter | OtherAdapter, to: str, rank: int | None, path: Path, hints: Hints
+) -> tuple[Adapter, Mapping[str, float]]:
+    """Return what is to be written, plain LoRA where that was asked for, and what it cost to make it."""
+    if isinstance(read, OtherAdapter):
+        if to != TO_LORA:
+            raise AdapterError(
+                f"{path}: is {read.method}, which only its own format carries; make LoRA of it first: --to {TO_LORA}"
+                " [--rank N]"
+            )
+        made = to_lora(read, rank=rank)
+        return made.adapter, made.errors
+    dora = [name for name, pair in read.modules.items() if pair.magnitude is not None]
+    if to != TO_LORA or not dora:
         if rank is not None:
             raise AdapterError(f"{path}: is LoRA already; to change its rank, use `veneer resize`")
         return read, {}
-    if to != TO_LORA:
+    if hints.base is None or rank is None:
         raise AdapterError(
-            f"{path}: is {read.method}, which only its own format carries; make LoRA of it first: --to {TO_LORA}"
-            " [--rank N]"
+            f"{path}: has magnitudes (DoRA) in {len(dora)} modules: what they do depends on the base's weights and has"
+            f" full rank; give --base DIR and --rank N"
         )
-    made = to_lora(read, rank=rank)
+    made = dora_to_lora(read, _weights_of(hints.base, dora), rank=rank)
     return made.adapter, made.errors
+
+
+def _weights_of(base: Checkpoint, paths: Sequence[str]) -> Callable[[str], Tensor]:
+    """Return what reads the weight of a module from a base's files, under the names that they have there."""
+    renamed = find_renaming([f"{path}.weight" for path in paths], base.tensors)
+    return lambda path: read_tensor(base, renamed(f"{path}.weight"))
 
 
 def _placed(
