@@ -24,7 +24,8 @@ PROMPT = "Adapters change what a model says. The capital of France is Paris, and
 
 def check(
     adapter: Annotated[
-        str | None, typer.Argument(metavar="DIR", help="Adapter folder, or any file that may be one.", show_default=False)
+        str | None,
+        typer.Argument(metavar="DIR", help="Adapter folder, or any file that may be one.", show_default=False),
     ] = None,
     base: Annotated[
         str | None,
@@ -34,7 +35,9 @@ def check(
         bool, typer.Option("--probe/--no-probe", help="Load the base and ask it; without, only headers are compared.")
     ] = True,
     storage: Storage = None,
-    codes: Annotated[bool, typer.Option("--codes", help="List everything that can be found, and what it means.")] = False,
+    codes: Annotated[
+        bool, typer.Option("--codes", help="List everything that can be found, and what it means.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what is wrong or suspicious about an adapter, what it means, and which command mends it.
@@ -71,7 +74,9 @@ def open_checkpoint(base: str) -> "Checkpoint":
         return veneer.read_checkpoint(base)
     source = veneer.find_source(base)
     if not source.is_local:
-        raise BaseModelError(f"base {base!r} is no directory here; give the directory that it was saved in{source.hint}")
+        raise BaseModelError(
+            f"base {base!r} is no directory here; give the directory that it was saved in{source.hint}"
+        )
     return veneer.read_checkpoint(source.location)
 
 

@@ -21,7 +21,8 @@ _WORDS = ("target", "form", "module")
 def show(
     adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter folder, ours or PEFT's.")],
     other: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="A second adapter: say how the two relate.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[DIR]", help="A second adapter: say how the two relate.", show_default=False),
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
     base: Annotated[

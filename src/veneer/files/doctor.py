@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError, DamagedArtefactError, VeneerError
 from veneer.files.commit import readable_folder
-from veneer.files.doctor_codes import ERROR, Finding, in_order
+from veneer.files.doctor_codes import ERROR, Finding, limited
 from veneer.files.doctor_files import FILE_CHECKS, Place, convert_command, look
 from veneer.files.doctor_suspicions import SUSPICIONS
 from veneer.files.filesystem import REAL, FileSystem
@@ -27,9 +27,7 @@ from veneer.files.peft_folder import CONFIG, MAX_CONFIG, TENSORS
 from veneer.files.peft_other import METHODS, read_other
 from veneer.files.peft_tokens import METHOD as TOKENS_ALONE
 from veneer.files.strict_json import dump_json, parse_json
-from veneer.files.tensors import MAX_FILE, dump_tensors, non_finite, parse_header, parse_tensors
-
-MAX_OF_A_CODE = 20
+from veneer.files.tensors import MAX_FILE, dump_tensors, non_finite, parse_tensors
 
 _SPLIT = re.compile(r"(?P<where>'(?:[^'\\]|\\.)*'|[^\s:]+): (?P<what>.*)", re.DOTALL)
 _KEY = re.compile(r"\w+")
@@ -130,7 +128,7 @@ def examine(path: str | Path, *, max_bytes: int = MAX_FILE, fs: FileSystem = REA
         findings += _explain(place, max_bytes, fs)
     if refusal is not None and not any(one.severity == ERROR for one in findings):
         findings += [Finding("V100", place.name, line) for line in refusal]
-    return Examined(_limited(findings), adapter)
+    return Examined(limited(findings), adapter)
 
 
 def _load(path: str | Path, max_bytes: int, fs: FileSystem) -> tuple[Adapter | None, tuple[str, ...] | None]:
@@ -221,7 +219,6 @@ def _read_tensors(patient: _Patient, files: dict[str, bytes]) -> None:
     """Find what is wrong with the tensors: the header, the values, the names and shapes, one after another."""
     data = files[TENSORS]
     try:
-        header, _ = parse_header(data, TENSORS, len(data))
         tensors = parse_tensors(data, TENSORS, finite=False)
     except VeneerError as error:
         if TENSORS not in patient.place.pickles:  # that was said
@@ -254,18 +251,3 @@ def _names_alone(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     for name, tensor in tensors.items():
         if ".lora_" in name and not tensor.numel():
             yield Finding("V305", name, f"shape {tuple(tensor.shape)}")
-
-
-def _limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return the findings in order, of each code at most twenty, with how many more there are."""
-    kept: list[Finding] = []
-    counts: dict[str, int] = {}
-    ordered = in_order(list(findings))
-    for one in ordered:
-        counts[one.code] = counts.get(one.code, 0) + 1
-        if counts[one.code] <= MAX_OF_A_CODE:
-            kept.append(one)
-    more = [
-        Finding(code, "", f"... and {count - MAX_OF_A_CODE} more") for code, count in counts.items() if count > MAX_OF_A_CODE
-    ]
-    return in_order([*kept, *more])

@@ -89,7 +89,9 @@ def carried_weights(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Findin
     """Find base weights that PEFT saved along."""
     if paths := [path for path, _ in adapter.metadata.base_weights]:
         command = convert_command(place)
-        yield Finding("V310", TENSORS, f"the base's own weights of {', '.join(paths[:3])}{_more(len(paths), 3)}", command)
+        yield Finding(
+            "V310", TENSORS, f"the base's own weights of {', '.join(paths[:3])}{_more(len(paths), 3)}", command
+        )
 
 
 def tables_and_heads(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding]:  # noqa: ARG001

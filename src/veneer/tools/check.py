@@ -11,7 +11,7 @@ from torch import nn
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.files.doctor import examine
-from veneer.files.doctor_codes import ERROR, Finding, in_order
+from veneer.files.doctor_codes import ERROR, Finding, in_order, limited
 from veneer.files.shards import Checkpoint
 from veneer.tools.check_base import checkpoint_findings, model_findings
 from veneer.tools.check_effect import Effect, measure_effect
@@ -67,11 +67,10 @@ def check(path: str | Path, *, base: Checkpoint | nn.Module | None = None, probe
         ['V101']
     """
     examined = examine(path)
-    findings = list(examined.findings)
     if examined.adapter is None:
-        return Report(in_order(findings))
+        return Report(examined.findings)
     found = check_adapter(examined.adapter, base, probe=probe, name=str(path))
-    return Report(in_order([*findings, *found.findings]), found.effect)
+    return Report(in_order([*examined.findings, *found.findings]), found.effect)
 
 
 def check_adapter(
@@ -98,15 +97,15 @@ def check_adapter(
     """
     findings = [finding for look in VALUE_CHECKS for finding in look(adapter, name)]
     if isinstance(model, Checkpoint):
-        return Report(in_order([*findings, *checkpoint_findings(adapter, model)]))
+        return Report(limited([*findings, *checkpoint_findings(adapter, model)]))
     if model is None:
-        return Report(in_order(findings))
+        return Report(limited(findings))
     on_base = model_findings(adapter, model)
     effect = None
     if not any(one.severity == ERROR for one in on_base):
         effect, found = measure_effect(model, adapter, probe)
         on_base += found
-    return Report(in_order([*findings, *on_base]), effect)
+    return Report(limited([*findings, *on_base]), effect)
 
 
 def never_trained(adapter: Adapter, name: str) -> Iterator[Finding]:  # noqa: ARG001

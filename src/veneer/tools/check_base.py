@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError, BaseModelError
-from veneer.files.doctor_codes import Finding
+from veneer.files.doctor_codes import MAX_OF_A_CODE, Finding
 from veneer.files.shards import Checkpoint, read_tensor
 from veneer.names import did_you_mean
 from veneer.nn.attach import check_base, require_bare
@@ -40,7 +40,7 @@ def weight_norms(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, float]:
     if missing:
         raise BaseModelError(
             f"{checkpoint.folder}: holds no weights of {len(missing)} of {len(adapter.modules)} adapted modules",
-            [f"{path}{_near(path, checkpoint)}" for path in missing[:20]],
+            [f"{path}{_near(path, checkpoint)}" for path in missing[:MAX_OF_A_CODE]],
         )
     return {path: _norm(checkpoint, name) for path, name in names.items()}
 
@@ -79,7 +79,10 @@ def checkpoint_findings(adapter: Adapter, checkpoint: Checkpoint) -> list[Findin
         checkpoint_findings(adapter, read_checkpoint("models/llama"))
     """
     names, missing = weight_names(checkpoint, adapter)
-    findings = [Finding("V501", path, f"no such weight{_near(path, checkpoint)}") for path in missing]
+    findings = [  # of so many near misses are looked for: that takes its time in long lists
+        Finding("V501", path, f"no such weight{_near(path, checkpoint) if place < MAX_OF_A_CODE else ''}")
+        for place, path in enumerate(missing)
+    ]
     for path, name in names.items():
         shape = checkpoint.tensors[name].shape
         if problem := _shape_problem(adapter.modules[path], shape):
@@ -132,7 +135,9 @@ def _unchanged(adapter: Adapter, model: nn.Module) -> Iterator[Finding]:
     for path, tensor in adapter.trained.items():
         own = parameters.get(path)
         if own is None:
-            yield Finding("V501", path, f"trained whole, the base has no such parameter{did_you_mean(path, parameters)}")
+            yield Finding(
+                "V501", path, f"trained whole, the base has no such parameter{did_you_mean(path, parameters)}"
+            )
         elif own.shape != tensor.shape:
             yield Finding("V502", path, f"trained whole, shape {tuple(tensor.shape)}, the base's is {tuple(own.shape)}")
         elif bool(torch.equal(own.detach().cpu().to(tensor.dtype), tensor)):
@@ -194,5 +199,3 @@ def _near(path: str, checkpoint: Checkpoint) -> str:
 
 def _norm(checkpoint: Checkpoint, name: str) -> float:
     return float(torch.linalg.vector_norm(read_tensor(checkpoint, name).double()))
-
-

@@ -19,7 +19,18 @@ from veneer.tools.summarize import ModuleSummary, Summary
 MAX_ROWS = 60
 _FLOOR = 1e-6
 _NO_LAYER = -1
-_PALETTE = ("#1f4e79", "#c8553d", "#5b8c5a", "#8e6c8a", "#d9a441", "#3a9188", "#7a7a7a", "#b5651d", "#4c6fbf", "#a23b72")
+_PALETTE = (
+    "#1f4e79",
+    "#c8553d",
+    "#5b8c5a",
+    "#8e6c8a",
+    "#d9a441",
+    "#3a9188",
+    "#7a7a7a",
+    "#b5651d",
+    "#4c6fbf",
+    "#a23b72",
+)
 
 Cells = Mapping[str, Mapping[int, Sequence[ModuleSummary]]]
 """Target to layer to the modules there."""

@@ -226,7 +226,9 @@ def _decompose(pair: LowRank) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
 def _spaces(first: Sequence[Tensor], second: Sequence[Tensor], size: int) -> Spaces:
     """Return how the spans of orthonormal columns lie, those of a stack taken together."""
     products = [one.mT @ other for one, other in zip(first, second, strict=True)]
-    cosines = sorted((min(1.0, value) for one in products for value in torch.linalg.svdvals(one).tolist()), reverse=True)
+    cosines = sorted(
+        (min(1.0, value) for one in products for value in torch.linalg.svdvals(one).tolist()), reverse=True
+    )
     ranks, ranks2 = [one.shape[1] for one in first], [one.shape[1] for one in second]
     tops = [float(one[0, 0] ** 2) for one in products if one.numel()]
     return Spaces(

@@ -44,7 +44,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of σ² / Σσ², from 1 to the rank; 0 for a zero update.
+        """Exp of the entropy of σ² / Σσ², from 1 to the rank; 0 for a zero update.
 
         Source:
             Roy and Vetterli 2007, "The effective rank". Differs: shares of the energy σ², not of σ.

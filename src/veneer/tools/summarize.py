@@ -158,9 +158,7 @@ def summarize(adapter: Adapter, weight_norms: Mapping[str, float] | None = None)
     spectra = {path: _spectrum(path, pair) for path, pair in adapter.modules.items()}
     norm = math.hypot(*(one.norm for one in spectra.values()))
     norms = weight_norms or {}
-    modules = tuple(
-        _module(path, pair, spectra[path], norm, norms.get(path)) for path, pair in adapter.modules.items()
-    )
+    modules = tuple(_module(path, pair, spectra[path], norm, norms.get(path)) for path, pair in adapter.modules.items())
     groups: dict[tuple[Any, ...], list[ModuleSummary]] = {}
     for one in modules:
         key = (one.path.rpartition(".")[2], one.shape, one.rank, one.scaling, one.form, one.has_magnitude)
