@@ -18,7 +18,11 @@ class Hints:
     Args:
         base: The base's tensors and configuration: names, shapes, heads. Some formats cannot be read without.
         alpha: For formats that do not store it.
-        component: The part of a pipeline that is meant, such as `unet`, where files hold several or the name of none.
+        component: The part of a pipeline that is meant, such as `unet`: it alone is read, and its paths are those of
+            that model; what is written is said to be of it.
+        fused: For layers that were trained in parts and stored as one (a packed qkv): whether their alpha counts for
+            the `part` or for the `whole`. Files do not tell.
+        style: Which of its namings a format writes, where it has several; None is the newest.
 
     Example:
         >>> Hints(alpha=16.0).base is None
@@ -28,6 +32,8 @@ class Hints:
     base: Checkpoint | None = None
     alpha: float | None = None
     component: str | None = None
+    fused: str | None = None
+    style: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Format:
             lists all of it. None where we only read.
         file: The name of its only file, where it is a single one; None for a folder of several.
         is_pickle: Whether its files are pickles, which only an explicit command opens, in a process of their own.
+        has_components: Whether its tensors' names begin with a part of a pipeline.
     """
 
     name: str
@@ -71,3 +78,4 @@ class Format:
     write: Callable[[Adapter, Hints], Mapping[str, Content]] | None = None
     file: str | None = None
     is_pickle: bool = False
+    has_components: bool = False

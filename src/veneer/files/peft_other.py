@@ -108,7 +108,7 @@ def read_other(
     problems += trained_problems(config, set(found), whole.trained, metadata.task_type)
     if not found:
         problems.append(f"no tensor of {method.name} is there: expected {', '.join(method.tensors)} behind a path")
-    modules = _modules(method, Raw(found, shared, settings, shapes, problems))
+    modules = read_modules(method, Raw(found, shared, settings, shapes, problems))
     if problems:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems[:_SHOWN] + more)
@@ -170,7 +170,7 @@ def _read_rest(
     return read_keys({**rest, **known}, PREFIX, config.modules_to_save, place)
 
 
-def _modules(method: Method, raw: Raw) -> dict[str, ModuleUpdate]:
+def read_modules(method: Method, raw: Raw) -> dict[str, ModuleUpdate]:
     """Check each module's tensors against the layouts and the configuration, and against the base's shapes."""
     numbers = method.numbers(raw.settings, raw.modules, raw.problems)
     shapes = raw.shapes

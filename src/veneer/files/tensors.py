@@ -148,17 +148,21 @@ def parse_header(data: bytes, where: str, size: int) -> tuple[dict[str, Any], in
     return header, start
 
 
-def dump_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of a safetensors file, as PEFT writes it: equal tensors give equal bytes.
+
+    Args:
+        tensors: The tensors by name.
+        metadata: What the header says besides.
 
     Example:
         >>> dump_tensors({"x": torch.ones(2)}) == dump_tensors({"x": torch.ones(2)})
         True
     """
-    return b"".join(tensor_pieces(tensors))
+    return b"".join(tensor_pieces(tensors, metadata))
 
 
-def tensor_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
     """Return the bytes of a safetensors file in pieces: the header, and the memory of each tensor itself.
 
     Equals, and is tested against:
@@ -167,6 +171,7 @@ def tensor_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
 
     Args:
         tensors: They must not change as long as the pieces are used.
+        metadata: What the header says besides.
 
     Raises:
         AdapterError: If a dtype is none of the format's.
@@ -181,7 +186,7 @@ def tensor_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     if unknown := [f"{name!r}: {one.dtype}" for name, one in tensors.items() if one.dtype not in _NAMES]:
         raise AdapterError("tensors of these dtypes cannot be written", unknown)
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"} | dict(sorted((metadata or {}).items()))}
     pieces, stop = [], 0
     for name in order:
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,0 +1,125 @@
+"""`veneer convert`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import veneer
+from veneer.cli.output import Json, print_facts, print_json, print_table
+from veneer.errors import ConfigError
+
+EXAMPLE = "Example: veneer convert lora.safetensors --to peft --out mine"
+
+
+def convert(
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="Adapter's file or folder, of any format.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="FORMAT", help="Format to write, or lora.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PATH", help="File or folder to write.")] = None,
+    source: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Format to read; else seen.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR", help="Base's safetensors: names and shapes.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="For formats that do not store it.")] = None,
+    component: Annotated[str | None, typer.Option(metavar="NAME", help="Part of a pipeline, such as unet.")] = None,
+    fused: Annotated[str | None, typer.Option(metavar="part|whole", help="What a packed layer's alpha is of.")] = None,
+    style: Annotated[str | None, typer.Option(metavar="NAME", help="diffusers' names: new, old or oldest.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --to lora: the highest rank of a module.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pickles, in a process apart.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    show_formats: Annotated[bool, typer.Option("--list", help="Show the formats and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another format, and prove that it does the same: deltas compared module by module."""
+    if show_formats:
+        _list(as_json)
+        return
+    if missing := [name for name, value in (("PATH", path), ("--to", to), ("--out", out)) if value is None]:
+        raise ConfigError(f"convert needs {', '.join(missing)}; `veneer convert --list` shows the formats")
+    hints = veneer.Hints(
+        base=veneer.read_checkpoint(base) if base is not None else None,
+        alpha=alpha,
+        component=component,
+        fused=fused,
+        style=style,
+    )
+    done = veneer.convert(
+        Path(str(path)), str(to), Path(str(out)), source=source, hints=hints, rank=rank, allow_pickle=allow_pickle,
+        overwrite=overwrite,
+    )  # fmt: skip
+    if as_json:
+        print_json(_plain(done))
+        return
+    print_facts(
+        {
+            "from": f"{done.source}, {path}",
+            "to": f"{done.target}, {done.out}",
+            "modules": len(done.adapter.modules),
+            "largest error": f"{done.proof.worst:.2e} of a delta's norm, read back",
+            **({"error of making LoRA": f"{max(done.made.values()):.2e} at worst"} if done.made else {}),
+            **{f"note {number}": note for number, note in enumerate(done.notes, 1)},
+        }
+    )
+    rows = _rows(done)
+    if rows:
+        print_table("", rows, right=[name for name in rows[0] if name not in ("target", "form")])
+
+
+def _list(as_json: bool) -> None:
+    rows = [
+        {"name": one.name, "read": "yes", "write": "yes" if one.write else "no", "what": one.title}
+        for one in veneer.FORMATS.values()
+    ]
+    if as_json:
+        print_json({"formats": rows})
+    else:
+        print_table("", rows)
+
+
+def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
+    """Return modules alike together, with their largest errors."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for path, pair in done.adapter.modules.items():
+        key = (
+            path.rpartition(".")[2],
+            pair.form + (" dora" if pair.magnitude is not None else ""),
+            pair.sizes,
+            pair.rank,
+        )
+        groups.setdefault((*key, f"{pair.scaling:g}"), []).append(path)
+    rows = [
+        {
+            "target": name,
+            "form": form,
+            "layers": len(paths),
+            "out × in": f"{sizes[0]} × {sizes[1]}",
+            "rank": rank,
+            "scaling": scaling,
+            "error": f"{_largest(done.proof.errors, paths):.1e}",
+            **({"error of making": f"{_largest(done.made, paths):.1e}"} if done.made else {}),
+        }
+        for (name, form, sizes, rank, scaling), paths in groups.items()
+    ]
+    whole = [path for path in done.proof.errors if path not in done.adapter.modules]
+    columns = list(rows[0]) if rows else ["target", "form", "error"]
+    for path in whole:
+        told = {"target": path, "form": "trained whole", "error": f"{done.proof.errors[path]:.1e}"}
+        rows.append({name: told.get(name, "") for name in columns})
+    return rows
+
+
+def _largest(errors: Mapping[str, float], paths: list[str]) -> float:
+    return max((errors.get(path, 0.0) for path in paths), default=0.0)
+
+
+def _plain(done: "veneer.Converted") -> dict[str, Any]:
+    return {
+        "from": done.source,
+        "to": done.target,
+        "out": str(done.out),
+        "digest": done.adapter.digest,
+        "modules": len(done.adapter.modules),
+        "worst_error": done.proof.worst,
+        "errors": dict(done.proof.errors),
+        "errors_of_making": dict(done.made),
+        "notes": list(done.notes),
+    }

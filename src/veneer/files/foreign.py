@@ -1,0 +1,227 @@
+"""What the readers and writers of other people's formats share: a single file, settings from factors, what fits.
+
+An adapter's meaning is its effective delta in each module. So a scaling that a format has no place for is folded into
+lora_B, and settings are made from what the factors are (research: peft-format.md 20).
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.adapter import Adapter, LowRank
+from veneer.config import LoRAConfig
+from veneer.errors import AdapterError
+from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.patterns import scales_for
+from veneer.files.peft_layout import targets_of
+from veneer.files.peft_values import MAX_RANK
+from veneer.files.tensors import MAX_FILE, parse_header, parse_tensors
+
+SUFFIX = ".safetensors"
+_SHOWN = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Single:
+    """A safetensors file.
+
+    Args:
+        path: Where it lies.
+        tensors: Its tensors by key.
+        metadata: What its header says besides.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def single_file(path: Path, *, fs: FileSystem = REAL) -> Path:
+    """Return the safetensors file that is meant: the path itself, or the only one in the folder that it is.
+
+    Raises:
+        AdapterError: If there is none, or several.
+
+    Example:
+        >>> single_file(Path("a.safetensors")).name
+        'a.safetensors'
+    """
+    if not fs.is_folder(path):
+        return path
+    files = [name for name in fs.list_folder(path) if name.endswith(SUFFIX)]
+    if len(files) != 1:
+        what = f"it holds {', '.join(files)}; name the one that is meant" if files else "it holds none"
+        raise AdapterError(f"{path}: expected a safetensors file, or a folder with one; {what}")
+    return path / files[0]
+
+
+def read_single(path: Path, *, max_bytes: int = MAX_FILE, fs: FileSystem = REAL) -> Single:
+    """Read a safetensors file, checked as `files.tensors` does.
+
+    Raises:
+        AdapterError: If it cannot be read, or anything in it is wrong.
+    """
+    path = single_file(path, fs=fs)
+    try:
+        data = fs.read_bytes(path, max_bytes)
+    except OSError as cause:
+        raise AdapterError(f"{path}: cannot be read: {cause}") from cause
+    header, _ = parse_header(data, str(path), len(data))
+    return Single(path, parse_tensors(data, str(path)), header.get("__metadata__") or {})
+
+
+def refuse(where: object, message: str, problems: Collection[str]) -> None:
+    """Raise for a list of problems, if there are any.
+
+    Raises:
+        AdapterError: With the first fifty of them.
+
+    Example:
+        >>> refuse("a.safetensors", "cannot be read", [])
+    """
+    if problems:
+        lines = list(problems)
+        more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise AdapterError(f"{where}: {message}", lines[:_SHOWN] + more)
+
+
+def pair_from(A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> LowRank:
+    """Return the factors of a linear layer or a convolution; of two dtypes the wider is taken.
+
+    Args:
+        A: Shape (rank, in) or (rank, in, k…).
+        B: Shape (out, rank) or (out, rank, 1…).
+        scaling: The factor that is applied.
+        magnitude: DoRA's, of any shape with `out` values.
+
+    Raises:
+        AdapterError: If they do not fit each other, or a rank is larger than any that is read.
+
+    Example:
+        >>> pair_from(torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1), 1.0).form
+        'conv'
+    """
+    if not A.is_floating_point() or not B.is_floating_point():
+        raise AdapterError(f"expected floating numbers, got {A.dtype} and {B.dtype}")
+    if A.ndim < 2 or B.ndim < 2 or 0 in (*A.shape, *B.shape):
+        raise AdapterError(f"expected matrices or kernels, got {tuple(A.shape)} and {tuple(B.shape)}")
+    form = "linear" if A.ndim == 2 else "conv"
+    if A.shape[0] != B.shape[1]:
+        raise AdapterError(f"ranks differ: {A.shape[0]} of {tuple(A.shape)} and {B.shape[1]} of {tuple(B.shape)}")
+    if A.shape[0] > MAX_RANK:
+        raise AdapterError(f"rank {A.shape[0]}; at most {MAX_RANK} is read")
+    if not math.isfinite(scaling):
+        raise AdapterError(f"its scaling is not finite: {scaling}")
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    flat = None if magnitude is None else magnitude.reshape(-1)
+    return LowRank(A.to(dtype), B.to(dtype), scaling, form, flat)
+
+
+def with_unit_scaling(pair: LowRank) -> LowRank:
+    """Return the same update with a scaling of 1: the scaling is folded into lora_B.
+
+    Where the dtype does not hold the product exactly, and is not float32 or wider, both factors become float32.
+
+    Example:
+        >>> one = with_unit_scaling(LowRank(torch.ones(1, 2), torch.ones(2, 1), 2.0))
+        >>> one.scaling, one.lora_B.tolist()
+        (1.0, [[2.0], [2.0]])
+    """
+    if pair.scaling == 1.0:
+        return pair
+    exact = pair.lora_B.double() * pair.scaling
+    rounded = exact.to(pair.lora_B.dtype)
+    if rounded.dtype.itemsize >= 4 or torch.equal(rounded.double(), exact):
+        return replace(pair, lora_B=rounded, scaling=1.0)
+    return replace(pair, lora_A=pair.lora_A.float(), lora_B=exact.float(), scaling=1.0)
+
+
+def settings_for(
+    modules: Mapping[str, LowRank], *, saved: Iterable[str] = (), base: LoRAConfig | None = None
+) -> LoRAConfig:
+    """Return settings that give every module the rank and the scaling that it has.
+
+    Args:
+        modules: Module path to its factors.
+        saved: Paths of modules that trained whole.
+        base: Settings whose other values are kept.
+
+    Raises:
+        AdapterError: If a scaling is not positive and finite.
+
+    Example:
+        >>> pair = LowRank(torch.zeros(2, 3), torch.zeros(3, 2), scaling=2.0)
+        >>> config = settings_for({"layers.0.q": pair, "layers.1.q": pair})
+        >>> config.rank, config.alpha, config.target_modules
+        (2, 4.0, ('layers.0.q', 'layers.1.q'))
+    """
+    start = base or LoRAConfig()
+    layers, parameters = targets_of(modules)
+    config = start.model_copy(
+        update={
+            # In full: a name alone could stand for layers of the base that are not adapted.
+            "target_modules": tuple(layers),
+            "target_parameters": tuple(parameters),
+            "exclude_modules": (),
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "modules_to_save": tuple(sorted(set(saved))),
+            "use_dora": any(pair.magnitude is not None for pair in modules.values()),
+            "use_rslora": False,
+            "parts": {},
+        }
+    )
+    if not modules:
+        return config
+    positive = {
+        path: pair if pair.scaling > 0 else replace(pair, scaling=1.0) for path, pair in modules.items()
+    }  # a sign or a zero is folded into lora_B where it is written
+    scales = scales_for(Adapter(positive, config))
+    numbers = {
+        "rank": scales.rank,
+        "alpha": scales.alpha,
+        "rank_pattern": dict(scales.rank_pattern),
+        "alpha_pattern": dict(scales.alpha_pattern),
+    }
+    return config.model_copy(update=numbers)
+
+
+def carrying_problems(
+    adapter: Adapter,
+    forms: Collection[str],
+    *,
+    magnitudes: bool = True,
+    trained: bool = False,
+    advice: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return what of an adapter a format cannot carry, a line for each.
+
+    Args:
+        adapter: The adapter.
+        forms: The forms of factors that the format has.
+        magnitudes: Whether it has DoRA's magnitudes.
+        trained: Whether it has parameters that trained whole.
+        advice: Form to what to do about it.
+
+    Example:
+        >>> pair = LowRank(torch.zeros(1, 2), torch.zeros(3, 1), 1.0, form="embedding")
+        >>> carrying_problems(Adapter({"embed": pair}, LoRAConfig(rank=1)), ["linear"])
+        ["embed: factors of form 'embedding'"]
+    """
+    problems = []
+    for path, pair in adapter.modules.items():
+        if pair.form not in forms:
+            said = (advice or {}).get(pair.form)
+            problems.append(f"{path}: factors of form {pair.form!r}" + (f"; {said}" if said else ""))
+        if pair.magnitude is not None and not magnitudes:
+            problems.append(f"{path}: a magnitude (DoRA); make plain LoRA of it first")
+    if not trained:
+        problems += [f"{path}: trained whole" for path in adapter.trained]
+    problems += [f"{path}: rows of {len(one.indices)} tokens that trained" for path, one in adapter.tokens.items()]
+    if adapter.config.invocation_tokens:
+        problems.append(f"acts only after the tokens {list(adapter.config.invocation_tokens)} (activated LoRA)")
+    return problems
