@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer.files.shards import Checkpoint
     from veneer.tools.check import Report
     from veneer.tools.check_effect import Effect
+    from veneer.tools.merge_probe import Probe
 
 EXAMPLE = "Example: veneer check runs/tickets/adapter --base smollm2"
 PROMPT = "Adapters change what a model says. The capital of France is Paris, and 2 + 2 = 4."
@@ -80,7 +81,7 @@ def open_checkpoint(base: str) -> "Checkpoint":
     return veneer.read_checkpoint(source.location)
 
 
-def _load(base: str, storage: str | None) -> "tuple[nn.Module, veneer.Probe | None]":
+def _load(base: str, storage: str | None) -> "tuple[nn.Module, Probe | None]":
     """Return a base and what to ask it: a fixed sentence, where it has a tokenizer and a head."""
     veneer.check_storage(storage)
     source = veneer.find_source(base)

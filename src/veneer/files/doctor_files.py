@@ -8,9 +8,9 @@ from pathlib import Path
 from veneer.errors import DamagedArtefactError, VeneerError
 from veneer.files.doctor_codes import Finding
 from veneer.files.filesystem import FileSystem
+from veneer.files.formats import PEFT, recognise
 from veneer.files.manifest import MANIFEST, read_manifest
 from veneer.files.peft_folder import CONFIG, TENSORS
-from veneer.files.tensors import MAX_FILE, header_length, parse_header
 from veneer.names import did_you_mean
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -70,7 +70,7 @@ def look(path: Path, name: str, fs: FileSystem) -> Place:
     files = tuple(one.name for one in own if _is_file(one, fs))
     pickles = tuple(one.name for one in own if one.name in files and one.name not in _TRAINER and _is_pickle(one, fs))
     exists = not problem and (is_folder or fs.exists(path))
-    found = "" if not exists else _format(own, files, fs)
+    found = "" if not exists else _format(path, fs)
     return Place(path, name, is_folder, exists, names, files, found, pickles, problem, fs)
 
 
@@ -164,30 +164,10 @@ def _first(path: Path, fs: FileSystem) -> bytes:
         return b""
 
 
-def _format(own: list[Path], files: tuple[str, ...], fs: FileSystem) -> str:
-    """Return the format of files that are not PEFT's, by their names and those of their tensors; else nothing."""
-    if TENSORS in files:
-        return ""
-    if "adapters.safetensors" in files:
-        return "mlx"
-    if any(name.endswith(".gguf") for name in files):
-        return "gguf"
-    tables = [path for path in own if path.name in files and path.suffix == ".safetensors"]
-    keys = _keys(tables[0], fs) if len(tables) == 1 else ()
-    if any(key.startswith(("lora_unet_", "lora_te", "lycoris_")) for key in keys):
-        return "kohya"
-    if any(key.startswith(("unet.", "text_encoder", "transformer.")) and ".lora" in key for key in keys):
-        return "diffusers"
-    return ""
-
-
-def _keys(path: Path, fs: FileSystem) -> tuple[str, ...]:
-    """Return the names of the tensors of a file, by its header alone; none where it cannot be read."""
+def _format(path: Path, fs: FileSystem) -> str:
+    """Return the format of files that are not PEFT's and no pickle; else nothing."""
     try:
-        size = fs.size_of(path)
-        first = bytes(fs.read_range(path, 0, min(8, size)))
-        length = header_length(first, path.name, size) if size <= MAX_FILE else 0
-        header, _ = parse_header(first + bytes(fs.read_range(path, 8, length)), path.name, size)
-    except (OSError, VeneerError):
-        return ()
-    return tuple(header)
+        found = recognise(path, fs=fs)
+    except (VeneerError, OSError):
+        return ""
+    return "" if found is PEFT or found.is_pickle else found.name
