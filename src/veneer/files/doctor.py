@@ -209,7 +209,7 @@ def _read_other(patient: _Patient) -> None:
     what = f"an adapter of {method}, not of LoRA"
     try:
         read_other(place.path)
-        patient.findings.append(Finding("V109", place.name, what, convert_command(place)))
+        patient.findings.append(Finding("V109", place.name, what, convert_command(place, to="lora")))
     except VeneerError as error:
         patient.findings.append(Finding("V109", place.name, f"{what}, and refused as that too"))
         patient.add(error, (*_CONFIG_CODES, *_TENSOR_CODES, *_HEADER_CODES), "V300", place.name)

@@ -74,10 +74,10 @@ def look(path: Path, name: str, fs: FileSystem) -> Place:
     return Place(path, name, is_folder, exists, names, files, found, pickles, problem, fs)
 
 
-def convert_command(place: Place, *, pickle: bool = False) -> str:
+def convert_command(place: Place, *, to: str = "peft", pickle: bool = False) -> str:
     """Return the command that makes an adapter in PEFT's layout of other files."""
-    out = place.name.rstrip("/") + "-peft"
-    return f"veneer convert {shlex.quote(place.name)} --to peft --out {shlex.quote(out)}" + " --allow-pickle" * pickle
+    out = f"{place.name.rstrip('/')}-{to}"
+    return f"veneer convert {shlex.quote(place.name)} --to {to} --out {shlex.quote(out)}" + " --allow-pickle" * pickle
 
 
 def is_there(place: Place) -> Iterator[Finding]:
