@@ -15,8 +15,10 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from veneer.files.filesystem import pieces_of
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, recognise
 from veneer.files.peft import load_adapter
+from veneer.files.shards import Checkpoint, StoredTensor
 from veneer.tools.check import Report, check
 from veneer.tools.summarize import summarize
 
@@ -44,26 +47,36 @@ CONFUSED: tuple[Any, ...] = (
 )
 
 
-def good() -> dict[str, Files]:
-    """Return the files of one adapter in every format that is written, by format."""
+PATHS = tuple(f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv")
+BASE = Checkpoint(
+    Path("base"),
+    MappingProxyType({f"{path}.weight": StoredTensor("model.safetensors", "F32", (8, 8), 0, 256) for path in PATHS}),
+    MappingProxyType({}),
+    MappingProxyType(
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8}
+        | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ),
+)
+HINTS = (Hints(alpha=4.0, base=BASE), Hints(alpha=4.0, base=BASE, component="transformer"))
+"""What formats need to be told: the first that suffices."""
+
+
+def good() -> dict[str, tuple[Files, Hints]]:
+    """Return the files of one adapter in every format that is written, by format, with what it needs to be told."""
     generator = torch.Generator().manual_seed(0)
     modules = {
-        f"model.layers.{layer}.self_attn.{name}_proj": LowRank(
-            torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator), 2.0
-        )
-        for layer in range(2)
-        for name in "qv"
+        path: LowRank(torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator), 2.0)
+        for path in PATHS
     }
     config = LoRAConfig(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj"))
     adapter = Adapter(modules, config, metadata=AdapterMetadata(base="org/model"))
-    found = {}
+    found: dict[str, tuple[Files, Hints]] = {}
     for row in FORMATS.values():
-        if row.write is not None and not row.is_pickle:
-            try:
-                files = row.write(adapter, Hints(alpha=4.0))
-            except VeneerError:  # it needs to know more of the base
-                continue
-            found[row.name] = {name: b"".join(pieces_of(content)) for name, content in files.items()}
+        for hints in HINTS if row.write is not None and not row.is_pickle else ():
+            with suppress(VeneerError):  # it needs to be told more, or a package
+                files = row.write(adapter, hints)
+                content = {name: b"".join(pieces_of(one)) for name, one in files.items()}
+                found.setdefault(row.name, (content, hints))
     return found
 
 
@@ -307,7 +320,7 @@ def write_variants(top: Path, seed: int, count: int) -> Iterator[tuple[str, str,
     for number in range(count):
         draw = Random(f"{seed}/{number}")
         kind = draw.choice(sorted(sources))
-        files = dict(sources[kind])
+        files = dict(sources[kind][0])
         name = draw.choice(sorted(files))
         here = top / f"case-{number}"
         here.mkdir(parents=True)
@@ -328,14 +341,14 @@ def write_variants(top: Path, seed: int, count: int) -> Iterator[tuple[str, str,
         yield f"{number} {kind} {name} {what}", kind, here / row.file if row.file else here
 
 
-def readers(kind: str) -> Mapping[str, Callable[[Path], object]]:
+def readers(kind: str, hints: Hints) -> Mapping[str, Callable[[Path], object]]:
     """Return every way in which files of a format are read."""
     row = FORMATS[kind]
     return {
         "load_adapter": load_adapter,
         "show": lambda path: summarize(load_adapter(path)).to_json(),
         "recognise": recognise,
-        f"read {kind}": lambda path: row.read(path, Hints(alpha=4.0)),
+        f"read {kind}": lambda path: row.read(path, hints),
     }
 
 
@@ -353,11 +366,12 @@ def outcome(read: Callable[[Path], object], path: Path) -> str:
 def main() -> None:
     top, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    told = {kind: hints for kind, (_, hints) in good().items()}
     for name, kind, path in write_variants(top, seed, count):
         print(json.dumps({"begins": name}), flush=True)
         here = top / f"case-{name.split()[0]}"
         before = set(here.iterdir())
-        found = {reader: outcome(read, path) for reader, read in readers(kind).items()}
+        found = {reader: outcome(read, path) for reader, read in readers(kind, told[kind]).items()}
         if set(here.iterdir()) != before:
             found["left behind"] = f"FAULT {sorted(set(here.iterdir()) ^ before)}"
         reports: list[Report] = []
