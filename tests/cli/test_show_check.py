@@ -1,6 +1,7 @@
 """`show` and `check` as people and machines see them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -147,6 +148,9 @@ def test_names_from_files_do_not_command_the_terminal(call, tmp_path):
     strange.mkdir()
     (strange / "\x1b[31madapter_model.bin").write_bytes(b"\x80\x02.")
     assert "\x1b" not in call("check", strange)[1]
+    (strange / os.fsdecode(b"\xff.bin")).write_bytes(b"\x80\x02.")  # a name without UTF-8
+    assert r"\udcff.bin" in call("check", strange)[1]
+    assert len(json.loads(call("check", strange, "--json")[1])["findings"]) == 3
 
 
 def test_malformed_files_end_in_one_message_and_no_traceback(call, tmp_path):

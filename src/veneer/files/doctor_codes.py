@@ -57,10 +57,10 @@ class Finding:
             "code": self.code,
             "severity": row.severity,
             "title": row.title,
-            "where": self.where,
-            "what": self.what,
+            "where": _text(self.where),
+            "what": _text(self.what),
             "meaning": row.meaning,
-            "command": self.command,
+            "command": None if self.command is None else _text(self.command),
         }
 
 
@@ -91,6 +91,11 @@ def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
             kept.append(one)
     more = {code: count - MAX_OF_A_CODE for code, count in counts.items() if count > MAX_OF_A_CODE}
     return in_order([*kept, *(Finding(code, "", f"... and {count} more") for code, count in more.items())])
+
+
+def _text(text: str) -> str:
+    """Return a text that has UTF-8: the name of a file may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _ROWS = (
