@@ -9,7 +9,7 @@ import torch
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
-from veneer.errors import VeneerError
+from veneer.errors import AdapterError, VeneerError
 from veneer.files.doctor import examine
 from veneer.files.doctor_codes import CODES, ERROR, codes_page
 from veneer.files.peft import load_adapter, save_adapter
@@ -256,3 +256,12 @@ def test_every_code_is_described_and_the_page_is_current():
     assert page.read_text(encoding="utf-8") == codes_page()
     assert list(CODES) == sorted(CODES)
     assert all(row.title and row.meaning.endswith((".", "!")) for row in CODES.values())
+
+
+def test_a_refusal_that_no_stage_explains_is_an_error_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AdapterError("for a reason of its own", ["a: one", "b: two"])
+
+    monkeypatch.setattr("veneer.files.doctor.load_adapter", refuse)
+    found = examine(write(tmp_path / "a")).findings
+    assert [(one.code, one.what) for one in found] == [("V100", "a: one"), ("V100", "b: two")]

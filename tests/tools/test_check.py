@@ -16,6 +16,7 @@ from veneer.files.shards import read_checkpoint
 from veneer.files.tensors import dump_tensors
 from veneer.nn.attach import attach, detach
 from veneer.nn.fingerprint import fingerprint
+from veneer.ops.sample import sample_digest
 from veneer.tools.check import check, check_adapter
 from veneer.tools.check_base import weight_norms
 from veneer.tools.check_effect import compare_outputs
@@ -174,3 +175,12 @@ def test_the_comparison_is_that_of_the_distributions():
     assert found.divergence == pytest.approx(expected.item())
     assert found.top_changed == int((before.argmax(-1) != after.argmax(-1)).sum())
     assert found.largest == (after - before).abs().max().item()
+
+
+def test_base_weights_in_the_file_are_compared_with_the_bases(tiny):
+    model = tiny()
+    table = dict(model.named_parameters())["model.embed_tokens.weight"]
+    carried = (("model.embed_tokens", sample_digest(table)),)
+    one = adapter({Q: pair(32, 32)}, base_weights=carried)
+    assert codes(check_adapter(one, model)) == ["V311"]
+    assert codes(check_adapter(one, tiny(1))) == ["V504"]

@@ -390,7 +390,6 @@ _ROWS = (
         "effect next to nothing",
         "The largest change of an output is below a ten-thousandth of the largest output.",
     ),
-    Code("V512", NOTE, "another base is named", "The adapter names another base than the one given."),
 )
 
 CODES: Mapping[str, Code] = {row.code: row for row in _ROWS}
