@@ -109,6 +109,7 @@ ALIKE = {"remove", "rename", "replace", "copy", "move", "truncate"}
 WRITERS = {
     ("base/gguf.py", "save_pretrained"),  # transformers writes into a folder that commit_folder made
     ("train/report.py", "savefig"),  # into memory
+    ("tools/draw.py", "savefig"),  # into memory
     *(("data/store.py", name) for name in ("TemporaryDirectory", "save_pretrained")),  # only to be hashed, then gone
 }
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
 from veneer.config import LoRAConfig
+from veneer.errors import AdapterError
 from veneer.tools.summarize import delta_norm, summarize
 
 
@@ -66,3 +67,26 @@ def test_norms_and_sizes_of_every_form(form, shapes):
     assert (summary.targets[0].shape, summary.targets[0].form) == (pair.sizes, form)
     assert summary.trained == (("embed (rows of 2 tokens)", (2, 4)),)
     assert summary.num_parameters == summary.targets[0].num_parameters + 8
+
+
+def test_modules_have_spectra_shares_and_norms_relative_to_the_base():
+    adapter = Adapter({"a.0.q": pair(6, 4, 2, seed=1), "a.1.q": pair(6, 4, 2, seed=2)}, LoRAConfig(rank=2))
+    norms = {"a.0.q": 2.0, "a.1.q": 50.0}
+    found = summarize(adapter, norms)
+    for one in found.modules:
+        delta = adapter.modules[one.path].delta()
+        assert one.norm == pytest.approx(delta.norm().item())
+        assert one.relative == pytest.approx(one.norm / norms[one.path])
+        assert list(one.singular_values) == pytest.approx(torch.linalg.svdvals(delta)[:2].tolist())
+        assert 1 <= one.stable_rank <= one.effective_rank <= 2
+    assert sum(one.share for one in found.modules) == pytest.approx(1)
+    assert [one.path for one in found.changed_most()] == ["a.0.q", "a.1.q"]
+    assert found.targets[0].relative == pytest.approx(found.norm / (2.0**2 + 50.0**2) ** 0.5)
+    assert summarize(adapter).targets[0].relative is None
+
+
+def test_a_module_out_of_range_is_named():
+    huge = torch.full((1, 2), 1e300, dtype=torch.float64)
+    adapter = Adapter({"deep.q": LowRank(huge, huge.T.contiguous(), 1.0)}, LoRAConfig(rank=1))
+    with pytest.raises(AdapterError, match=r"deep\.q: its update is not finite"):
+        summarize(adapter)
