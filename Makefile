@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test torture check format bench grid lock clean
+.PHONY: demo test torture check format bench grid findings lock clean
 
 demo: .venv/ready  ## teach a small model a real task and measure it: about ten minutes on two cores
 	$(BIN)/veneer demo
@@ -31,6 +31,9 @@ bench: .venv/ready  ## the tables of benchmarks/README.md; leave the machine alo
 
 grid: .venv/ready  ## write docs/grid.md anew: what each kind of layer can take
 	$(BIN)/python -m tests.contract.grid > docs/grid.md
+
+findings: .venv/ready  ## write docs/findings.md anew: what `veneer check` can find
+	$(BIN)/python -c "from veneer.files.doctor_codes import codes_page; print(codes_page(), end='')" > docs/findings.md
 
 lock:  ## write requirements.lock anew from pyproject.toml
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from veneer.data.rows import check_rows, read_prompts, read_rows
     from veneer.demo.run import run_demo
     from veneer.errors import VeneerError
+    from veneer.files.doctor_codes import CODES, Finding
     from veneer.files.format import Format, Hints
     from veneer.files.formats import list_formats, recognise
     from veneer.files.peft import load_adapter, save_adapter
@@ -34,13 +35,18 @@ if TYPE_CHECKING:
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
     from veneer.scoring.merge_checkpoint import merge_checkpoint
+    from veneer.tools.check import Report, check, check_adapter
+    from veneer.tools.check_base import weight_norms
+    from veneer.tools.check_effect import Effect
     from veneer.tools.combine import Combination, combine
     from veneer.tools.convert import Converted, convert
+    from veneer.tools.draw import draw_summary
     from veneer.tools.extract import Extraction, extract
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_checkpoint import merge_files
     from veneer.tools.merge_checkpoint_record import CheckpointMerge
     from veneer.tools.merge_record import MergeRecord
+    from veneer.tools.relate import Relation, relate
     from veneer.tools.resize import Resizing, resize
     from veneer.tools.summarize import Summary, summarize
     from veneer.tools.to_lora import Conversion, dora_to_lora, to_lora
@@ -54,13 +60,16 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "veneer.adapter",
     "AdapterMetadata": "veneer.adapter",
+    "CODES": "veneer.files.doctor_codes",
     "CheckpointMerge": "veneer.tools.merge_checkpoint_record",
     "Combination": "veneer.tools.combine",
     "Conversion": "veneer.tools.to_lora",
     "Converted": "veneer.tools.convert",
     "DataConfig": "veneer.config",
+    "Effect": "veneer.tools.check_effect",
     "Evaluation": "veneer.scoring.evaluate",
     "Extraction": "veneer.tools.extract",
+    "Finding": "veneer.files.doctor_codes",
     "Format": "veneer.files.format",
     "Hints": "veneer.files.format",
     "LoRAConfig": "veneer.config",
@@ -69,6 +78,8 @@ _HOME = {
     "OtherAdapter": "veneer.files.peft_other",
     "Plan": "veneer.nn.plan",
     "PreparedRows": "veneer.scoring.evaluate",
+    "Relation": "veneer.tools.relate",
+    "Report": "veneer.tools.check",
     "Resizing": "veneer.tools.resize",
     "RunConfig": "veneer.config",
     "SamplingConfig": "veneer.config",
@@ -79,6 +90,8 @@ _HOME = {
     "TrainResult": "veneer.train.loop",
     "VeneerError": "veneer.errors",
     "attach": "veneer.nn.attach",
+    "check": "veneer.tools.check",
+    "check_adapter": "veneer.tools.check",
     "check_rows": "veneer.data.rows",
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
@@ -88,6 +101,7 @@ _HOME = {
     "detach": "veneer.nn.attach",
     "disabled": "veneer.nn.attach",
     "dora_to_lora": "veneer.tools.to_lora",
+    "draw_summary": "veneer.tools.draw",
     "evaluate": "veneer.scoring.evaluate",
     "extract": "veneer.tools.extract",
     "find_source": "veneer.base.source",
@@ -114,6 +128,7 @@ _HOME = {
     "read_rows": "veneer.data.rows",
     "read_run_file": "veneer.train.runfile",
     "recognise": "veneer.files.formats",
+    "relate": "veneer.tools.relate",
     "resize": "veneer.tools.resize",
     "run": "veneer.train.run",
     "run_demo": "veneer.demo.run",
@@ -121,9 +136,11 @@ _HOME = {
     "summarize": "veneer.tools.summarize",
     "to_lora": "veneer.tools.to_lora",
     "unmerge": "veneer.tools.merge",
+    "weight_norms": "veneer.tools.check_base",
 }
 
 __all__ = [
+    "CODES",
     "Adapter",
     "AdapterMetadata",
     "CheckpointMerge",
@@ -131,8 +148,10 @@ __all__ = [
     "Conversion",
     "Converted",
     "DataConfig",
+    "Effect",
     "Evaluation",
     "Extraction",
+    "Finding",
     "Format",
     "Hints",
     "LoRAConfig",
@@ -141,6 +160,8 @@ __all__ = [
     "OtherAdapter",
     "Plan",
     "PreparedRows",
+    "Relation",
+    "Report",
     "Resizing",
     "RunConfig",
     "SamplingConfig",
@@ -152,6 +173,8 @@ __all__ = [
     "VeneerError",
     "__version__",
     "attach",
+    "check",
+    "check_adapter",
     "check_rows",
     "check_storage",
     "check_template",
@@ -161,6 +184,7 @@ __all__ = [
     "detach",
     "disabled",
     "dora_to_lora",
+    "draw_summary",
     "evaluate",
     "extract",
     "find_source",
@@ -187,6 +211,7 @@ __all__ = [
     "read_rows",
     "read_run_file",
     "recognise",
+    "relate",
     "resize",
     "run",
     "run_demo",
@@ -194,6 +219,7 @@ __all__ = [
     "summarize",
     "to_lora",
     "unmerge",
+    "weight_norms",
 ]
 
 

@@ -14,7 +14,7 @@ import pytest
 import veneer
 from veneer.cli import main as cli
 
-VERBS = ("train", "eval", "generate", "show", "combine", "resize", "merge", "extract", "convert", "demo")
+VERBS = ("train", "eval", "generate", "show", "combine", "resize", "merge", "extract", "convert", "check", "demo")
 HEAVY = ("torch", "transformers", "matplotlib", "numpy", "yaml", "veneer.config")
 
 

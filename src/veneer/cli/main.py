@@ -4,12 +4,12 @@ import sys
 
 import typer
 
-from veneer.cli import combine, convert, demo, evaluate, extract, generate, merge, resize, show, train
+from veneer.cli import check, combine, convert, demo, evaluate, extract, generate, merge, resize, show, train
 from veneer.errors import VeneerError
 
 app = typer.Typer(
     name="veneer",
-    help="LoRA adapters for PyTorch models: train one, prove what it does, use it.",
+    help="LoRA adapters for PyTorch models: train them, prove what they do, work on them, use them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -21,6 +21,7 @@ app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("show", epilog=show.EXAMPLE)(show.show)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
+app.command("check", epilog=check.EXAMPLE)(check.check)
 app.command("combine", epilog=combine.EXAMPLE)(combine.combine)
 app.command("resize", epilog=resize.EXAMPLE)(resize.resize)
 app.command("merge", epilog=merge.EXAMPLE)(merge.merge)

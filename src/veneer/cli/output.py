@@ -56,8 +56,18 @@ def print_table(
     for name in rows[0]:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name not in fold)
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
+        table.add_row(*(Text(printable(value)) for value in row.values()))
     stdout().print(table)
+
+
+def printable(value: object) -> str:
+    r"""Return a value as text that a terminal shows and does not obey: names come from files of anybody.
+
+    Example:
+        >>> printable("q\x1b[2J")
+        'q\\x1b[2J'
+    """
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in str(value))
 
 
 def stdout() -> Console:
@@ -71,7 +81,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, Text(str(value)))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     stdout().print(table)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
 from veneer.factors import as_matrices
-from veneer.files.peft_factors import svd_of_product
+from veneer.ops.low_rank import svd_of_product
 
 _LIKE_MATRICES = ("linear", "transposed", "parameter", "attention_in", "attention_out")
 """Forms whose factors mean the same: which of them a file says depends on the tool that wrote it."""
