@@ -68,6 +68,18 @@ def test_the_sum_is_float64s_whatever_the_sizes_and_scales(dtype, factors, rows,
     assert torch.equal(out, expected)
 
 
+def test_the_scaling_is_applied_to_the_product_as_the_reference_does():
+    """0.61328125 + 0.37 · b · a lies on a tie or beside it, as the scaling is applied to the product or to b."""
+    generator = torch.Generator().manual_seed(39)
+    W = torch.randn(39, 39, generator=generator).bfloat16()
+    A = torch.randn(1, 39, generator=generator).bfloat16()
+    B = (torch.randn(39, 1, generator=generator) * 4).bfloat16()
+    after, before = W.double() + 0.37 * (B.double() @ A.double()), W.double() + (0.37 * B.double()) @ A.double()
+    assert not torch.equal(round_once(after, torch.bfloat16), round_once(before, torch.bfloat16))
+    out, expected, _, _ = both(W, torch.bfloat16, LowRank(A, B, 0.37))
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_sums_beside_a_tie_go_where_float64_says(dtype):
     # 1 + half a unit is the tie; the update is it, just below it, and just above it by less than float32 shows.

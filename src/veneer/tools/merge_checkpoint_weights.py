@@ -93,7 +93,9 @@ def add_update(
 class _Block:
     """A part of a weight that is a plain product, and its factors in both precisions.
 
-    `reach` is the largest norm of a column of A: with the norm of a row of B it bounds every product of both.
+    In float32 `B` holds the scaling; in float64 it is applied to the product, as `merge_weight` does: beside a tie the
+    order of two roundings decides. `reach` is the largest norm of a column of A: with the norm of a row of B it bounds
+    every product of both.
     """
 
     W_OI: Tensor
@@ -102,6 +104,7 @@ class _Block:
     B_OR: Tensor
     exact_A_IR: Tensor
     exact_B_OR: Tensor
+    scaling: float
     reach: float
     update2: float
 
@@ -116,10 +119,12 @@ class _Sums:
 
 
 def _block(W_OI: Tensor, out_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> _Block:
-    A, B = A_RI.double(), scaling * B_OR.double()
-    update2 = ((B.T @ B) * (A @ A.T)).sum().item()  # ‖B A‖² by the small Gram matrices
+    A, B = A_RI.double(), B_OR.double()
+    update2 = scaling**2 * ((B.T @ B) * (A @ A.T)).sum().item()  # ‖s B A‖² by the small Gram matrices
     reach = torch.linalg.vector_norm(A, dim=0).max().item()
-    return _Block(W_OI, out_OI, A.float(), B.float(), A.T.contiguous(), B, reach, max(0.0, update2))
+    return _Block(
+        W_OI, out_OI, A.float(), (scaling * B).float(), A.T.contiguous(), B, scaling, reach, max(0.0, update2)
+    )
 
 
 def _runs(rows: int, columns: int) -> Iterator[slice]:
@@ -144,11 +149,11 @@ def _add_run(block: _Block, rows: slice, path: str, *, sampled: bool) -> _Sums:
     places = _unlike(torch.sub(x_PI, bound_P1, out=end_PI).to(dtype), high_PI)
     fits = widest + longest_P.max().item() < torch.finfo(dtype).max * (1 - 2.0**-7)  # not where there is NaN
     if not fits or len(places[0]) * 4 > x_PI.numel():
-        exact = W_PI.double() + block.exact_B_OR[rows] @ block.exact_A_IR.T
+        exact = W_PI.double() + block.scaling * (block.exact_B_OR[rows] @ block.exact_A_IR.T)
         high_PI = round_once(exact, dtype)
         require_finite(exact, high_PI, path)
     else:
-        update = (block.exact_B_OR[rows][places[0]] * block.exact_A_IR[places[1]]).sum(1)
+        update = block.scaling * (block.exact_B_OR[rows][places[0]] * block.exact_A_IR[places[1]]).sum(1)
         high_PI[places] = round_once(W_PI[places].double() + update, dtype)
     found = None
     if sampled:
