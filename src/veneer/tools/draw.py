@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_file
@@ -161,6 +162,7 @@ def _spectra(axes: Axes, cells: Cells) -> None:
         axes.plot(ranks, np.median(shares, 0), color=colour, marker="o", markersize=3, label=_short(name))
     axes.set_yscale("log")
     axes.set(xlabel="singular value", ylabel="share of the largest")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     more = f"; the first {len(_PALETTE)} of {len(cells)} targets" if len(cells) > len(_PALETTE) else ""
     axes.set_title(f"singular values by target: median and range of its modules{more}", fontsize=10, loc="left")
