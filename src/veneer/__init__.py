@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         load_config,
         load_model,
         load_tokenizer,
+        named_dtype,
         num_positions,
         quantise_base,
     )
@@ -117,6 +118,7 @@ _HOME = {
     "merge": "veneer.tools.merge",
     "merge_checkpoint": "veneer.scoring.merge_checkpoint",
     "merge_files": "veneer.tools.merge_checkpoint",
+    "named_dtype": "veneer.base.load",
     "num_positions": "veneer.base.load",
     "observe": "veneer.train.initialise",
     "plan": "veneer.nn.plan",
@@ -200,6 +202,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "merge_files",
+    "named_dtype",
     "num_positions",
     "observe",
     "plan",

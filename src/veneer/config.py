@@ -367,6 +367,8 @@ class RunConfig(Settings):
     Args:
         base: Hub id, directory, `.gguf` file, or the name of an embedded model.
         storage: How the base's linear layers are stored: as they are, or quantised to 8 or 4 bits.
+        dtype: What the base is held and computed in; `auto`: as it is stored where the processor is fast in that, else
+            float32.
         adapter: Which layers are adapted, and how.
         data: Where the rows come from.
         train: How the adapter is trained.
@@ -380,11 +382,18 @@ class RunConfig(Settings):
 
     base: str
     storage: Literal["plain", "int8", "nf4"] = "plain"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter: LoRAConfig = Field(default_factory=LoRAConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     seed: Seed = 0
     out: str
+
+    @property
+    def base_options(self) -> str:
+        """Options by which a command loads the base as the run does, each with a blank before it."""
+        given = {"storage": (self.storage, "plain"), "dtype": (self.dtype, "auto")}
+        return "".join(f" --{name} {value}" for name, (value, default) in given.items() if value != default)
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> "RunConfig":

@@ -149,13 +149,29 @@ def test_another_storage_is_another_run_and_another_base(make_run):
     veneer.attach(veneer.load_base(config.base, storage="int8")[0], result.adapter)
 
 
+def test_a_base_in_another_dtype_is_another_base(make_run):
+    """Sixteen bits round the weights: the run, its card and the commands that it prints say so."""
+    config = make_run(max_steps=4).model_copy(update={"dtype": "bfloat16"})
+    result = run(config)
+    assert result.adapter.tensors()[next(iter(result.adapter.tensors()))].dtype == torch.float32
+    card = Path(result.folder, "adapter", "README.md").read_text()
+    assert "--adapter FOLDER --dtype bfloat16" in card
+    with pytest.raises(OutputError, match=r"settings\.dtype: was 'bfloat16', is 'auto'"):
+        run(config.model_copy(update={"dtype": "auto"}), existing="resume")
+    with pytest.raises(AdapterError, match="made for"):
+        veneer.attach(veneer.load_base(config.base)[0], result.adapter)
+    model, _ = veneer.load_base(config.base, dtype="bfloat16")
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    veneer.attach(model, result.adapter)
+
+
 def test_finetune_notes_the_storage_of_its_model(make_run):
     config = make_run(max_steps=1)
     model, tokenizer = veneer.load_base(config.base, storage="nf4")
     veneer.attach(model, config.adapter)
     result = finetune(model, tokenizer, data=config.data, out=config.out, config=config.train)
     noted = read_run_file(str(Path(config.out, "run.yaml")))
-    assert noted.storage == "nf4"
+    assert (noted.storage, noted.dtype) == ("nf4", "float32")
     again = noted.model_copy(update={"out": config.out + "-again"})
     assert run(again).adapter.digest == result.adapter.digest
 

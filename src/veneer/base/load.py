@@ -31,11 +31,14 @@ log = logging.getLogger("veneer")
 PLAIN = "plain"
 """The storage of a base that stays as it was loaded."""
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a base may be computed in, by name."""
+
 
 def load_base(
     base: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     storage: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,7 +46,8 @@ def load_base(
 
     Args:
         base: Directory, hub id, `.gguf` file, or the name of an embedded model such as `smollm2`.
-        dtype: Dtype of the weights; None chooses with `compute_dtype`.
+        dtype: What the weights are held and computed in, `"bfloat16"` for example; None or `"auto"` chooses with
+            `compute_dtype`. An adapter belongs to the base in the dtype that it was trained on, where that rounds it.
         device: Where the model goes.
         storage: `"int8"` or `"nf4"` to store the linear layers in 8 or 4 bits, see `quantise_base`; None or `"plain"`
             leaves them as they are. An adapter belongs to the base in the storage that it was trained on.
@@ -52,7 +56,7 @@ def load_base(
         The model in evaluation mode with no gradient asked for, tied weights tied; and its tokenizer.
 
     Raises:
-        ConfigError: If the storage is unknown.
+        ConfigError: If the storage or the dtype is unknown.
         BaseModelError: If it cannot be found, loaded or quantised.
 
     Cost:
@@ -63,6 +67,7 @@ def load_base(
         model, tokenizer = load_base("smollm2", storage="nf4")
     """
     check_storage(storage)
+    dtype = named_dtype(dtype)
     source = find_source(base)
     return load_model(source, dtype=dtype, device=device, storage=storage), load_tokenizer(source)
 
@@ -98,17 +103,18 @@ def num_positions(config: PreTrainedConfig) -> int | None:
 def load_model(
     source: Source,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     storage: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of a base that was found, see `load_base`.
 
     Raises:
-        ConfigError: If the storage is unknown.
+        ConfigError: If the storage or the dtype is unknown.
         BaseModelError: If it cannot be loaded or quantised.
     """
     check_storage(storage)
+    dtype = named_dtype(dtype)
     if dtype is None:
         stored = load_config(source).dtype
         dtype, reason = compute_dtype(stored, torch.device(device))
@@ -120,6 +126,23 @@ def load_model(
     if storage is not None:
         quantise_base(model, storage)
     return model.to(device)
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype that a base may be computed in by its name; None for `auto`.
+
+    Raises:
+        ConfigError: With the nearest name.
+
+    Example:
+        >>> named_dtype("bfloat16"), named_dtype("auto")
+        (torch.bfloat16, None)
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype]
 
 
 def check_storage(storage: str | None) -> None:

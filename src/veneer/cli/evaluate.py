@@ -10,6 +10,7 @@ from veneer.cli.models import open_base, sampling_from
 from veneer.cli.output import (
     AdapterFolder,
     AnyBase,
+    Dtype,
     Json,
     Set,
     SkipBadRows,
@@ -34,6 +35,7 @@ def evaluate(
     adapter: AdapterFolder = None,
     any_base: AnyBase = False,
     storage: Storage = None,
+    dtype: Dtype = None,
     scores: Annotated[
         list[str] | None,
         typer.Option("--score", metavar="NAME", help="exact_match, json, accuracy, bleu or chrf; may be repeated."),
@@ -51,7 +53,7 @@ def evaluate(
     sampling = sampling_from(settings)
     check_scores(scores or ())
     read = veneer.check_rows(data, skip_bad_rows=skip_bad_rows)  # before the base is looked for: that may take a while
-    opened = open_base(base, adapter, any_base, storage)
+    opened = open_base(base, adapter, any_base, storage, dtype)
     rows = veneer.prepare_evaluation(
         opened.tokenizer, read, scores=scores or (), positions=opened.positions, skip_bad_rows=skip_bad_rows
     )

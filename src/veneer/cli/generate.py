@@ -8,7 +8,7 @@ import typer
 
 import veneer
 from veneer.cli.models import open_base, sampling_from
-from veneer.cli.output import AdapterFolder, AnyBase, Json, Set, Storage, answers_bar, log_to_stderr, print_json
+from veneer.cli.output import AdapterFolder, AnyBase, Dtype, Json, Set, Storage, answers_bar, log_to_stderr, print_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def generate(
     adapter: AdapterFolder = None,
     any_base: AnyBase = False,
     storage: Storage = None,
+    dtype: Dtype = None,
     prompt: Annotated[str | None, typer.Option(help="What to answer.")] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts: rows (.jsonl, .csv), or one a line (.txt).")
@@ -47,7 +48,7 @@ def generate(
     log_to_stderr()
     sampling = sampling_from(settings)
     prompts = _from_file(file, system) if file is not None else [] if prompt is None else [prompt]
-    opened = open_base(base, adapter, any_base, storage)
+    opened = open_base(base, adapter, any_base, storage, dtype)
     tokenizer = opened.tokenizer
     opening = [] if system is None else [{"role": "system", "content": system}]
     if not raw and tokenizer.chat_template is not None:

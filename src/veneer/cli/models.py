@@ -25,6 +25,7 @@ class Opened:
     adapter: "Adapter | None"
     any_base: bool
     storage: str | None
+    dtype: str | None
 
     @property
     def positions(self) -> int | None:
@@ -33,26 +34,27 @@ class Opened:
 
     def model(self) -> "PreTrainedModel":
         """Load the weights, and attach the adapter."""
-        model = veneer.load_model(self.source, storage=self.storage)
+        model = veneer.load_model(self.source, dtype=self.dtype, storage=self.storage)
         if self.adapter is not None:
             veneer.attach(model, self.adapter, any_base=self.any_base)
         return model
 
 
-def open_base(base: str, adapter: str | None, any_base: bool, storage: str | None) -> Opened:
+def open_base(base: str, adapter: str | None, any_base: bool, storage: str | None, dtype: str | None = None) -> Opened:
     """Find a base and read its tokenizer, and an adapter where one is named: what is wrong shows before weights load.
 
     Raises:
         AdapterError: If the adapter cannot be read, or was trained with another chat template.
-        ConfigError: If the storage is unknown.
+        ConfigError: If the storage or the dtype is unknown.
     """
     veneer.check_storage(storage)
+    veneer.named_dtype(dtype)
     value = veneer.load_adapter(adapter) if adapter is not None else None
     source = veneer.find_source(base)
     tokenizer = veneer.load_tokenizer(source)
     if value is not None and not any_base:
         veneer.check_template(value.metadata, tokenizer)
-    return Opened(source, tokenizer, value, any_base, storage)
+    return Opened(source, tokenizer, value, any_base, storage, dtype)
 
 
 def sampling_from(settings: Sequence[str] | None) -> "SamplingConfig":

@@ -33,6 +33,12 @@ Storage = Annotated[
 ]
 
 
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="What the base is computed in: float32, bfloat16 or float16."),
+]
+
+
 def log_to_stderr() -> None:
     """Show our log lines on standard error."""
     handler = logging.StreamHandler(sys.stderr)

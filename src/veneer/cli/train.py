@@ -30,9 +30,9 @@ def train(
 ) -> None:
     """Train an adapter, and write a run folder: adapter, checkpoints, metrics, loss.png.
 
-    A run file holds base, storage (plain, int8, nf4), adapter (rank, alpha, target_modules, ...), data (train, eval),
-    train (epochs, learning_rate, tokens_per_step, max_length, eval_every, ...), seed and out; --set changes any of
-    them.
+    A run file holds base, storage (plain, int8, nf4), dtype, adapter (rank, alpha, target_modules, ...), data (train,
+    eval), train (epochs, learning_rate, tokens_per_step, max_length, eval_every, ...), seed and out; --set changes any
+    of them.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; choose one")
@@ -64,8 +64,7 @@ def train(
             "adapter size": size(result.adapter.num_bytes),
         }
     )
-    storage = "" if run.storage == "plain" else f" --storage {run.storage}"
-    command = f"veneer generate {run.base} --adapter {result.folder / 'adapter'}{storage} --prompt '...'"
+    command = f"veneer generate {run.base} --adapter {result.folder / 'adapter'}{run.base_options} --prompt '...'"
     print(f"Try it: {command}", file=sys.stderr)
 
 

@@ -59,4 +59,5 @@ def _device(device: torch.device) -> str:
     """Return what computes, as far as it decides the last bits."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    maker = torch.cpu.get_capabilities().get("cpu_name", "")  # it decides who multiplies: `ops.product`
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {maker}".rstrip()

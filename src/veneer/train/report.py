@@ -120,7 +120,7 @@ tags: [lora, veneer]
 {len(data.train.rows):,} {data.row_format} rows, {data.train.num_tokens:,} tokens an epoch, of them
 {data.train.num_supervised:,} supervised; {len(data.bad):,} rows left out. SHA-256 of the training file:
 `{data.digests["train"]}`. Base fingerprint: `{adapter.metadata.base_fingerprint}`; its linear layers were stored
-{run.storage}. Seed {run.seed}.
+{run.storage}, and it was computed in {run.dtype}. Seed {run.seed}.
 {facts}
 {exact}
 {settings}
@@ -135,6 +135,5 @@ tags: [lora, veneer]
 
 
 def _use(run: RunConfig) -> str:
-    """Return how to try the adapter, on the base in the storage that it was trained on."""
-    storage = "" if run.storage == "plain" else f" --storage {run.storage}"
-    return f'    veneer generate {run.base} --adapter FOLDER{storage} --prompt "..."'
+    """Return how to try the adapter, on the base as it was trained on."""
+    return f'    veneer generate {run.base} --adapter FOLDER{run.base_options} --prompt "..."'

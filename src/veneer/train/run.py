@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,8 +72,8 @@ def run(config: RunConfig, *, existing: Existing = "refuse", force: bool = False
 def _load(source: Source, data: PreparedData, config: RunConfig) -> tuple[PreTrainedModel, Seen]:
     """Load the base as it is to be stored, and what the adapter's initialisation sees of it before."""
     if not needs_look(config.adapter):
-        return load_model(source, storage=config.storage), (config.adapter, {})
-    model, budget = load_model(source), config.train.tokens_per_micro_batch
+        return load_model(source, dtype=config.dtype, storage=config.storage), (config.adapter, {})
+    model, budget = load_model(source, dtype=config.dtype), config.train.tokens_per_micro_batch
     seen = observe(model, config.adapter, data.train.rows, seed=config.seed, tokens_per_batch=budget)
     quantise_base(model, config.storage)
     return model, seen
@@ -118,6 +119,7 @@ def finetune(
         settings = RunConfig(
             base=base,
             storage=_storage_of(model),
+            dtype=_dtype_of(model),
             adapter=attachment.config,
             data=DataConfig(train=data) if isinstance(data, str) else data,
             train=config or TrainConfig(),
@@ -156,6 +158,16 @@ def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
     """Return how a model's linear layers are stored, as `load_base` was asked for it."""
     kinds = {type(module) for module in model.modules()}
     return "nf4" if NF4Linear in kinds else "int8" if Int8Linear in kinds else "plain"
+
+
+def _dtype_of(model: PreTrainedModel) -> Literal["auto", "float32", "bfloat16", "float16"]:
+    """Return what a model computes in, as `load_base` was asked for it or chose it; `auto` for what has no name here."""
+    names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names.get(model.dtype, "auto")
 
 
 def check_invocation(config: LoRAConfig, rows: Sequence[EncodedRow]) -> None:
