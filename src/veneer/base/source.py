@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from veneer.base.catalog import EMBEDDED
 from veneer.base.gguf import converted_gguf
@@ -89,9 +89,9 @@ def base_folder(base: str) -> str:
         return source.location
     try:
         return snapshot_download(source.location, local_files_only=True)
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         raise BaseModelError(
-            f"base {base!r}: its files are read here, and it is not in the hub's cache on this machine; download it and"
+            f"base {base!r}: this reads files, and the hub's cache on this machine has none of it; download it, or"
             f" name its folder{source.hint}"
         ) from None
 

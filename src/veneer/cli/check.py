@@ -71,14 +71,7 @@ def open_checkpoint(base: str) -> "Checkpoint":
     Raises:
         BaseModelError: If it is not on this machine.
     """
-    if Path(base).is_dir():
-        return veneer.read_checkpoint(base)
-    source = veneer.find_source(base)
-    if not source.is_local:
-        raise BaseModelError(
-            f"base {base!r} is no directory here; give the directory that it was saved in{source.hint}"
-        )
-    return veneer.read_checkpoint(source.location)
+    return veneer.read_checkpoint(base if Path(base).is_dir() else veneer.base_folder(base))
 
 
 def _load(base: str, storage: str | None) -> "tuple[nn.Module, Probe | None]":

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import veneer
+from veneer.cli.check import open_checkpoint
 from veneer.cli.output import Json, print_facts, print_json, print_table
 from veneer.errors import ConfigError
 
@@ -18,7 +19,7 @@ def convert(
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help="Format to write, or lora.")] = None,
     out: Annotated[str | None, typer.Option(metavar="PATH", help="File or folder to write.")] = None,
     source: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Format to read; else seen.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="DIR", help="Base's safetensors: names and shapes.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Base's safetensors: names and shapes.")] = None,
     alpha: Annotated[float | None, typer.Option(help="For formats that do not store it.")] = None,
     component: Annotated[str | None, typer.Option(metavar="NAME", help="Part of a pipeline, such as unet.")] = None,
     fused: Annotated[str | None, typer.Option(metavar="part|whole", help="What a packed layer's alpha is of.")] = None,
@@ -36,7 +37,7 @@ def convert(
     if missing := [name for name, value in (("PATH", path), ("--to", to), ("--out", out)) if value is None]:
         raise ConfigError(f"convert needs {', '.join(missing)}; `veneer convert --list` shows the formats")
     hints = veneer.Hints(
-        base=veneer.read_checkpoint(base) if base is not None else None,
+        base=open_checkpoint(base) if base is not None else None,
         alpha=alpha,
         component=component,
         fused=fused,

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 import veneer
+from veneer.cli.gguf import GgufFile, GgufLike, gguf_facts, like_of, write_gguf
 from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size
-from veneer.errors import BaseModelError, ConfigError
+from veneer.errors import ConfigError
 
 EXAMPLE = "Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5"
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="Folder of a base model with safetensors files.")],
+    base: Annotated[str, typer.Argument(help="Folder with safetensors files, hub id in the cache, .gguf or smollm2.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
     also: Annotated[
@@ -30,6 +31,8 @@ def merge(
         str | None, typer.Option(metavar="NAME", help="Store the weights in float32, bfloat16 or float16.")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Load what was written, and compare.")] = True,
+    gguf: GgufFile = None,
+    gguf_like: GgufLike = None,
     any_base: AnyBase = False,
     as_json: Json = False,
 ) -> None:
@@ -39,6 +42,7 @@ def merge(
     """
     log_to_stderr()
     folder = folder_of(base)
+    like = like_of(base, folder, gguf, gguf_like)
     parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
@@ -46,8 +50,9 @@ def merge(
         else:  # without transformers
             values = [(veneer.load_adapter(one), each) for one, each in parts]
             record = veneer.merge_files(folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
+    made = None if gguf is None else write_gguf(out, like, gguf, probe=probe)
     if as_json:
-        print_json(record.to_json())
+        print_json(record.to_json() | ({} if made is None else {"gguf": made.to_json()}))
         return
     found = record.probe
     print_facts(
@@ -60,6 +65,7 @@ def merge(
             "proof": f"logits differ by {found.difference:.3g}; the adapter changes them by {found.effect:.3g}"
             if found.probed
             else f"none: {found.reason}",
+            **gguf_facts(made),
         }
     )
     rows = [
@@ -89,13 +95,8 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def folder_of(base: str) -> str:
-    """Return the folder of a base; a .gguf file or an embedded model's name is converted as elsewhere."""
-    if Path(base).is_dir():
-        return base
-    source = veneer.find_source(base)
-    if not source.is_local:
-        raise BaseModelError(f"base {base!r}: a merge reads files; download it and name its folder{source.hint}")
-    return source.location
+    """Return the folder of a base, see `veneer.base_folder`; nothing is imported for one that is a folder."""
+    return base if Path(base).is_dir() else veneer.base_folder(base)
 
 
 def weight_bytes(folder: str) -> int:

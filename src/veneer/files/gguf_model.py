@@ -132,7 +132,7 @@ def lay_out(checkpoint: Checkpoint, like: Head, where: str, dtype: torch.dtype) 
 
 
 def model_fields(like: Head, dtype: torch.dtype) -> dict[str, bytes]:
-    """Return the fields of a file like another one, whose matrices are of a dtype.
+    r"""Return the fields of a file like another one, whose matrices are of a dtype.
 
     Example:
         >>> model_fields(Head({}, {"general.file_type": b""}, {}, 0), torch.float16)["general.file_type"][4:]
@@ -174,14 +174,15 @@ def _unlike(checkpoint: Checkpoint, like: Head, family: Family) -> Iterator[str]
     rotary = config.get("rope_parameters")
     config = {**(rotary if isinstance(rotary, Mapping) else {}), **config}
     for key, names in _SAME.items():
-        value = fields.get(f"{family.architecture}.{key}")
-        said = next((config[name] for name in names if _is_number(config.get(name))), None)
-        if _is_number(value) and said is not None and not math.isclose(value, said, rel_tol=1e-6):
+        value = _number(fields.get(f"{family.architecture}.{key}"))
+        said = next((one for name in names if (one := _number(config.get(name))) is not None), None)
+        if value is not None and said is not None and not math.isclose(value, said, rel_tol=1e-6):
             yield f"{family.architecture}.{key}: is {value}, config.json says {said}"
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+def _number(value: Any) -> float | None:
+    """Return a number as it is; None for anything else, such as a list with one for each layer."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _named(checkpoint: Checkpoint, family: Family, like: Head, problems: list[str]) -> Iterator[tuple[str, Laid]]:

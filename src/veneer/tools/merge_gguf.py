@@ -215,11 +215,15 @@ def _pieces(plan: _Plan) -> Iterator[memoryview]:
     for one in plan.laid.values():
         for source in one.sources:
             yield _bytes(one.lay(_stored(plan, one, source))).data
-        yield memoryview(bytes(padding(prod(one.shape) * one.dtype.itemsize)))
+        yield _gap(prod(one.shape) * one.dtype.itemsize)
     for name in plan.constants:
         values = plan.constant(name)
         yield _bytes(values).data
-        yield memoryview(bytes(padding(values.nbytes)))
+        yield _gap(values.nbytes)
+
+
+def _gap(size: int) -> memoryview:
+    return memoryview(bytes(padding(size)))
 
 
 def _read_back(path: Path, plan: _Plan) -> None:
