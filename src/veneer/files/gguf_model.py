@@ -205,6 +205,9 @@ def _named(checkpoint: Checkpoint, family: Family, like: Head, problems: list[st
             parts = {f"{full}.weight": laid}
             if found[2] == GATE_UP:
                 count, rows, columns = place.shape
+                if rows % 2:
+                    problems.append(f"{name!r}: is {place.shape}, which has no two halves")
+                    continue
                 halves = (replace(laid, shape=(count, rows // 2, columns), half=half) for half in (0, 1))
                 parts = {f"{found[1]}.{leaf}.weight": half for leaf, half in zip((GATE, UP), halves, strict=True)}
         for key, one in parts.items():
