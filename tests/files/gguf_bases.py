@@ -87,11 +87,14 @@ def write_fields(writer: gguf.GGUFWriter, config, kind: str) -> None:
         writer.add_logit_scale(config.logits_scaling)
 
 
-def write_base(model, kind: str, path) -> None:
-    """The model as llama.cpp's converter would write it."""
+def write_base(model, kind: str, path, *, words: bool = False) -> None:
+    """The model as llama.cpp's converter would write it; with words, which transformers counts."""
     family, config = FAMILIES[kind], model.config
     writer = gguf.GGUFWriter(path, family.architecture)
     write_fields(writer, config, kind)
+    if words:
+        writer.add_token_list([f"w{number}" for number in range(VOCABULARY)])
+        writer.add_pad_token_id(0)
     architecture = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, 2)
     for name, tensor in model.state_dict().items():

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, DamagedArtefactError, MissingDependencyError
@@ -74,8 +74,13 @@ def _is_sound(target: Path, path: Path) -> bool:
         return False
 
 
-def load_gguf(path: Path) -> PreTrainedModel:
+def load_gguf(path: Path, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """Return the model of a GGUF file, in float32, without a converted copy.
+
+    Args:
+        path: The file.
+        config: What its weights are read into; None takes what transformers makes of the file's fields, which is not
+            all that they say (Gemma 2's `query_pre_attn_scalar`).
 
     Raises:
         BaseModelError: If transformers cannot read it: it knows fewer families than llama.cpp.
@@ -86,8 +91,10 @@ def load_gguf(path: Path) -> PreTrainedModel:
     try:
         with quiet_transformers():
             plain = GgufConfig(dequantize=True)  # otherwise packed weights stay packed where `kernels` is installed
+            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            given = {} if config is None else {"config": config}
             model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, quantization_config=plain
+                **place, **given, dtype=torch.float32, quantization_config=plain
             )
     except Exception as error:  # whatever a reader of binary files may raise on a file that is none
         raise BaseModelError(f"{path} cannot be read as a GGUF model: {error}") from error

@@ -24,9 +24,10 @@ def gguf_proof(folder: str | Path, dtype: torch.dtype | None = None) -> Prove | 
         dtype: What the file's matrices are rounded to, where that is coarser than the checkpoint's.
 
     Returns:
-        A function that loads the file with transformers and raises AdapterError where its logits are others; or, where
-        there is none, why: memory is short, or the checkpoint is no causal language model. Of a family that
-        transformers cannot read from GGUF the function says so, and proves nothing.
+        A function that loads the file's weights with transformers, into the checkpoint's configuration, and raises
+        AdapterError where its logits are others; or, where there is none, why: memory is short, or the checkpoint is no
+        causal language model. Of a family that transformers cannot read from GGUF the function says so, and proves
+        nothing.
 
     Cost:
         Both models in float32, one after the other.
@@ -48,13 +49,13 @@ def gguf_proof(folder: str | Path, dtype: torch.dtype | None = None) -> Prove | 
     probe, reason = default_probe(model)
     if probe is None:
         return ProbeResult(False, reason)
-    expected, asked = ask(model, probe), probe
+    expected, asked, config = ask(model, probe), probe, model.config
     del model
     gc.collect()
 
     def prove(path: Path) -> ProbeResult:
         try:
-            found = ask(load_gguf(path), asked)
+            found = ask(load_gguf(path, config), asked)
         except BaseModelError as error:
             return ProbeResult(False, f"transformers does not read it: {error.message}")
         difference = (found - expected).abs().max().item()
