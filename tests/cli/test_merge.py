@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+import veneer
 from veneer.cli import extract, merge
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, BaseModelError, ConfigError, OutputError, VeneerError
@@ -108,6 +109,7 @@ def test_what_stands_against_gguf_is_told_before_the_merge(run, with_gguf, tiny_
     for options, error, told in (
         (("--gguf", tmp_path / "x.gguf"), ConfigError, "--gguf-like FILE.gguf"),
         (("--gguf-like", like), ConfigError, "goes with --gguf"),
+        (("--gguf", tmp_path / "out" / "x.gguf", "--gguf-like", like), ConfigError, "name one beside it"),
         (("--gguf", like, "--gguf-like", like), OutputError, "exists already"),
         (("--gguf", tmp_path / "x.gguf", "--gguf-like", base / "config.json"), AdapterError, "begins with"),
     ):
@@ -116,9 +118,13 @@ def test_what_stands_against_gguf_is_told_before_the_merge(run, with_gguf, tiny_
         assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_fails_says_what_stays(run, with_gguf, tmp_path):
+def test_an_export_that_fails_says_what_stays(run, with_gguf, tmp_path, monkeypatch):
     base, adapter, like = with_gguf
-    inside = tmp_path / "out" / "config.json"  # not there yet when the export is checked
-    with pytest.raises(VeneerError, match=r"config.json: exists already.*; .*out was merged and stays"):
-        run("merge", base, adapter, tmp_path / "out", "--gguf", inside, "--gguf-like", like, "--no-probe")
+
+    def full(*_, **__):
+        raise OutputError("no room")
+
+    monkeypatch.setattr(veneer, "export_gguf", full)
+    with pytest.raises(OutputError, match=r"no room; .*out was merged and stays"):
+        run("merge", base, adapter, tmp_path / "out", "--gguf", tmp_path / "x.gguf", "--gguf-like", like, "--no-probe")
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -21,17 +21,19 @@ GgufLike = Annotated[
 ]
 
 
-def like_of(base: str, folder: str, gguf: str | None, given: str | None) -> Path:
+def like_of(base: str, folder: str, out: str, gguf: str | None, given: str | None) -> Path:
     """Return the GGUF file that metadata and tokenizer are from; what stands against the export is said now.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or the file to make would lie in the folder of the merge.
         AdapterError, OutputError: If it is of another base, or the file to make exists.
     """
     if gguf is None:
         if given is not None:
             raise ConfigError("--gguf-like goes with --gguf, the file to make")
         return Path()
+    if Path(out).absolute() in Path(gguf).absolute().parents:
+        raise ConfigError(f"--gguf: {gguf} lies in {out}, whose manifest knows no such file; name one beside it")
     like = Path(given) if given is not None else None if Path(base).is_dir() else veneer.gguf_of(base)
     if like is None:
         raise ConfigError(

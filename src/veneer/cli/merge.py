@@ -42,7 +42,7 @@ def merge(
     """
     log_to_stderr()
     folder = folder_of(base)
-    like = like_of(base, folder, gguf, gguf_like)
+    like = like_of(base, folder, out, gguf, gguf_like)
     parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
