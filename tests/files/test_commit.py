@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -393,3 +394,11 @@ def test_a_folder_is_committed_where_no_thread_can_be_started(tmp_path, monkeypa
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert commit_folder(tmp_path / "other", contents, kind="example") == expected
     assert verify_folder(tmp_path / "other") == expected
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path):
+    commit_folder(tmp_path / "one", {"a.bin": b"a", "b.bin": b"b"}, kind="example")
+    (tmp_path / "one" / "a.bin").unlink()
+    os.mkfifo(tmp_path / "one" / "a.bin")
+    with pytest.raises(DamagedArtefactError, match=r"a\.bin: .*not a regular file"):
+        verify_folder(tmp_path / "one")
