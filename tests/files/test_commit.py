@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.files.faulty import Faulty, KilledError
 
 from veneer.errors import DamagedArtefactError, OutputError
+from veneer.files import commit
 from veneer.files.commit import (
     commit_file,
     commit_folder,
@@ -376,6 +377,18 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     with pytest.raises(DamagedArtefactError, match="a: expected SHA-256"):
         commit_folder(tmp_path / "wrong", lambda folder: write(folder, b"hallo"), kind="x")
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+def test_a_folder_is_committed_where_threads_find_no_memory(tmp_path, monkeypatch):
+    def hashed(content):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return original(content)
+
+    original = commit.record_content
+    expected = commit_folder(tmp_path / "one", {"a.bin": b"a", "b.bin": b"b"}, kind="example")
+    monkeypatch.setattr(commit, "record_content", hashed)
+    assert commit_folder(tmp_path / "other", {"a.bin": b"a", "b.bin": b"b"}, kind="example") == expected
 
 
 @pytest.mark.parametrize("started", [0, 1])

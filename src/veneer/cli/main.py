@@ -42,6 +42,9 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder without permission: the system's own words say it best
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except MemoryError:  # where nothing could be cut smaller; what was committed stands
+        print("error: memory does not suffice; what was committed before stands", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
