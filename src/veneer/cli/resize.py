@@ -12,7 +12,7 @@ EXAMPLE = "Example: veneer resize runs/tickets/adapter --energy 0.99 --out runs/
 
 
 def resize(
-    adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter folder, ours or PEFT's.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the resized adapter.")],
     rank: Annotated[int | None, typer.Option(help="Highest rank of a module.")] = None,
     energy: Annotated[
