@@ -83,7 +83,9 @@ def _load(base: str, storage: str | None) -> "tuple[nn.Module, Probe | None]":
 
 
 def _print(adapter: str, report: "Report") -> None:
-    counts = {name: sum(one.severity == name for one in report.findings) for name in ("error", "warning", "note")}
+    counts = {
+        name: sum(one.count for one in report.findings if one.severity == name) for name in ("error", "warning", "note")
+    }
     said = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
     print_facts({"adapter": adapter, "found": said or "nothing", **_effect(report.effect)})
     if not report.findings:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.cli.output import print_table, span
-from veneer.errors import OutputError
+from veneer.errors import ConfigError, OutputError
 from veneer.names import last_name
 
 if TYPE_CHECKING:
@@ -48,6 +48,19 @@ def share(value: float) -> str:
     """
     percent = 100 * max(0.0, value)
     return f"{min(percent, 99.99) if value < 1 - 1e-12 else percent:.2f} %"
+
+
+def require_one(**options: object) -> None:
+    """Raise unless exactly one of some options is given.
+
+    Raises:
+        ConfigError: If none is, or several are.
+
+    Example:
+        >>> require_one(rank=4, energy=None)
+    """
+    if sum(value is not None for value in options.values()) != 1:
+        raise ConfigError(f"give {' or '.join(f'--{name}' for name in options)}, one of them")
 
 
 def require_free(out: str, overwrite: bool | None = None) -> None:

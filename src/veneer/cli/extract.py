@@ -7,9 +7,8 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
-from veneer.cli.closeness import require_free, share
+from veneer.cli.closeness import require_free, require_one, share
 from veneer.cli.output import Json, log_to_stderr, print_facts, print_json, print_table, size, span
-from veneer.errors import ConfigError
 from veneer.names import by_number, last_name
 
 if TYPE_CHECKING:
@@ -35,9 +34,8 @@ def extract(
 ) -> None:
     """Take a LoRA out of a fine-tuned model: the nearest to what it has more than its base."""
     log_to_stderr()
-    if (rank is None) == (energy is None):
-        raise ConfigError("give --rank or --energy, one of them")
-    require_free(out, overwrite=overwrite)
+    require_free(out, overwrite)
+    require_one(rank=rank, energy=energy)
     first, second = folder_of(base), folder_of(tuned)
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
         found = veneer.extract(first, second, rank=rank, energy=energy, others=others, on_bytes=on_bytes)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import veneer
-from veneer.cli.closeness import print_closeness, require_free, share
+from veneer.cli.closeness import print_closeness, require_free, require_one, share
 from veneer.cli.output import Json, print_facts, print_json, size
 
 EXAMPLE = "Example: veneer resize runs/tickets/adapter --energy 0.99 --out runs/tickets/small"
@@ -29,6 +29,7 @@ def resize(
     It works on the factors; the table tells what is lost.
     """
     require_free(out, overwrite)
+    require_one(rank=rank, energy=energy)
     before = veneer.load_adapter(adapter)
     made = veneer.resize(before, rank=rank, energy=energy, spread=spread)
     veneer.save_adapter(made.adapter, out, card=made.card(adapter), replace=overwrite)
