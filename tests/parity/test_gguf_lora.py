@@ -13,11 +13,11 @@ import torch
 from tests.files.drawn import error_between, pair_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints
 from veneer.files.gguf_lora import FAMILIES, FILE, read_gguf_lora, write_gguf_lora
 from veneer.files.rotary import to_pairs
 from veneer.files.shards import read_checkpoint
-from veneer.files.translate import foreign_adapter
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
