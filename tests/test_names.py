@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.names import did_you_mean, layer_index, matches, matches_suffix, nearest, pattern_matches, value_for
+from veneer.names import (
+    by_number,
+    did_you_mean,
+    last_name,
+    layer_index,
+    matches,
+    matches_suffix,
+    nearest,
+    pattern_matches,
+    value_for,
+)
 
 words = st.sampled_from(["a", "b", "ab", "layers", "0", "12", "q_proj"])
 paths = st.lists(words, min_size=1, max_size=5).map(".".join)
@@ -54,3 +64,16 @@ def test_the_first_pattern_wins():
 def test_near_misses():
     assert nearest("q_prj", ["q_proj", "q_proj", "zzz"]) == ["q_proj"]
     assert did_you_mean("xyz", ["abc"]) == ""
+
+
+def test_names_that_end_in_numbers_keep_the_name_before_them():
+    assert last_name("up_blocks.1.attn1.to_out.0") == "to_out.0"
+    assert last_name("net.0.proj.2.3") == "proj.2.3"
+
+
+def test_layers_are_counted():
+    assert sorted(["layers.10.k", "layers.2.q", "layers.2.k"], key=by_number) == [
+        "layers.2.k",
+        "layers.2.q",
+        "layers.10.k",
+    ]

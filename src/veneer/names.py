@@ -104,3 +104,25 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """
     near = nearest(name, candidates)
     return "; nearest: " + ", ".join(repr(one) for one in near) if near else ""
+
+
+def last_name(path: str) -> str:
+    """Return the last part of a path that is a name, with the numbers behind it.
+
+    Example:
+        >>> last_name("layers.0.q_proj"), last_name("attn1.to_out.0"), last_name("0")
+        ('q_proj', 'to_out.0', '0')
+    """
+    parts = path.split(".")
+    start = next((at for at in range(len(parts) - 1, -1, -1) if not parts[at].isdigit()), 0)
+    return ".".join(parts[start:])
+
+
+def by_number(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts paths as people count: layer 2 before layer 10.
+
+    Example:
+        >>> sorted(["layers.10.q", "layers.2.q"], key=by_number)
+        ['layers.2.q', 'layers.10.q']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

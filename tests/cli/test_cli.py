@@ -272,3 +272,15 @@ def test_an_adapter_of_a_quantised_run_is_used_on_the_base_as_it_was_stored(call
     code, _, err = call(*asked, "--storage", "nf5")
     assert code == 2
     assert "nearest: 'nf4'" in err
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("veneer.load_adapter", interrupted)
+    monkeypatch.setattr("sys.argv", ["veneer", "show", "adapter"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "interrupted"

@@ -98,7 +98,7 @@ def test_a_folder_that_exists_is_refused_before_any_work(call, folders):
     assert (code, err) == (0, "")
     code, _, err = call("resize", folders / "b", "--out", folders / "new")
     assert code == 2
-    assert "either a rank or an energy" in err
+    assert "give --rank or --energy, one of them" in err
 
 
 def test_neither_needs_transformers(folders):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from veneer.adapter import Adapter, LowRank
 from veneer.cli.main import app
-from veneer.errors import ConfigError
+from veneer.errors import AdapterError, ConfigError
 from veneer.files.foreign import settings_for
 from veneer.files.peft import save_adapter
 
@@ -49,3 +49,13 @@ def test_the_list_of_formats():
 def test_what_is_missing_is_told_at_once():
     with pytest.raises(ConfigError, match=r"convert needs PATH, --to, --out"):
         run()
+
+
+def test_misspelt_hints_are_told_all_at_once_before_anything_is_read(tmp_path):
+    hints = ("--component", "unt", "--fused", "prt", "--style", "odl")
+    with pytest.raises(AdapterError) as caught:
+        run(tmp_path / "none", "--to", "kohya", "--out", tmp_path / "a.safetensors", *hints)
+    component, fused, style = caught.value.problems
+    assert "'unt'; nearest: 'unet'" in component
+    assert fused == "fused: expected one of part, whole, got 'prt'; nearest: 'part'"
+    assert style.startswith("style: expected one of new, old, oldest, got 'odl'")

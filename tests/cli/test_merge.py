@@ -48,8 +48,10 @@ def adapter(tiny_base, tmp_path):
 
 def test_merged_shown_and_extracted_again(run, tiny_base, adapter, tmp_path):
     shown = run("merge", tiny_base, adapter, tmp_path / "out")
-    assert "model.layers.1.self_attn.q_proj" in shown
+    assert "model.layers" not in shown  # a line for each target; one for every module is asked for
+    assert " q_proj       2  linear" in shown
     assert "logits differ by" in shown
+    assert "model.layers.1.self_attn.q_proj" in run("merge", tiny_base, adapter, tmp_path / "by", "--modules")
     shown = run("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "again", "--rank", 2)
     assert "32 × 32" in shown
     before, after = (load_adapter(one).modules for one in (adapter, tmp_path / "again"))
@@ -72,12 +74,28 @@ def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
 def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
     with pytest.raises(ConfigError, match=r"--also .*: 'much' is not a number; expected DIR=WEIGHT"):
         run("merge", tiny_base, adapter, tmp_path / "out", "--also", f"{adapter}=much")
-    with pytest.raises(BaseModelError, match="this reads files"):
+    with pytest.raises(BaseModelError, match="is not on this machine; download it"):
         run("merge", "org/model", adapter, tmp_path / "out")
     with pytest.raises(ConfigError, match="--rank or --energy"):
         run("extract", tiny_base, tiny_base, "--out", tmp_path / "x")
     with pytest.raises(OutputError, match="exists already"):
         run("extract", tiny_base, tiny_base, "--out", adapter, "--rank", 2)
+
+
+def test_extract_replaces_where_told_and_lists_modules_where_told(run, tiny_base, adapter, tmp_path):
+    run("merge", tiny_base, adapter, tmp_path / "out", "--no-probe")
+    extract = ("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "again", "--rank", 2)
+    assert "model.layers" not in run(*extract)
+    with pytest.raises(OutputError, match=r"exists already; .*--overwrite"):
+        run(*extract)
+    assert "model.layers.0.self_attn.q_proj" in run(*extract, "--overwrite", "--modules")
+
+
+def test_what_cannot_be_written_or_weighted_is_told_before_the_base_is_looked_for(run, adapter, tmp_path):
+    with pytest.raises(OutputError, match=r"exists already; choose another name$"):
+        run("merge", tmp_path / "no base", adapter, tmp_path)
+    with pytest.raises(ConfigError, match="a weight must be a finite number"):
+        run("merge", tmp_path / "no base", adapter, tmp_path / "out", "--weight", "nan")
 
 
 @pytest.fixture

@@ -160,3 +160,22 @@ def test_malformed_files_end_in_one_message_and_no_traceback(call, tmp_path):
             assert code in (0, 1, 2)
             assert "Traceback" not in out + err
             assert (code != 2) or (err.startswith("error: ") and not out)
+
+
+def test_layers_stand_in_the_order_of_their_numbers(call, tmp_path):
+    modules = {Q.format(layer, "q"): LowRank(torch.randn(2, 4), torch.randn(4, 2), 1.0) for layer in range(11)}
+    save_adapter(Adapter(modules, LoRAConfig(rank=2, alpha=2.0)), tmp_path / "a")
+    for more in ((), (tmp_path / "a",)):
+        _, shown, _ = call("show", tmp_path / "a", *more, "--modules")
+        lines = [line.split()[0] for line in shown.splitlines() if line.strip().startswith("model.layers.")]
+        assert lines == [Q.format(layer, "q") for layer in range(11)]
+
+
+def test_findings_beyond_those_that_are_listed_are_counted(call, tmp_path, tiny_base):
+    modules = {Q.format(layer, "q"): LowRank(torch.randn(2, 4), torch.randn(4, 2), 1.0) for layer in range(30)}
+    save_adapter(Adapter(modules, LoRAConfig(rank=2, alpha=2.0)), tmp_path / "a")
+    code, shown, _ = call("check", tmp_path / "a", "--base", tiny_base, "--no-probe")
+    assert code == 1
+    assert "30 errors" in shown
+    _, shown, _ = call("check", tmp_path / "a", "--base", tiny_base, "--no-probe", "--json")
+    assert json.loads(shown)["errors"] == 30

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from veneer.adapter import Adapter, LowRank
-from veneer.files.translate import foreign_adapter
+from veneer.files.foreign import foreign_adapter
 
 SCALINGS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 1 / 3, 16 / 12**0.5, 20.0])
 SIZES = st.integers(1, 9)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tests.files.faulty import Faulty, KilledError
 
 from veneer.errors import DamagedArtefactError, OutputError
+from veneer.files import commit
 from veneer.files.commit import (
     commit_file,
     commit_folder,
@@ -377,6 +379,18 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
+def test_a_folder_is_committed_where_threads_find_no_memory(tmp_path, monkeypatch):
+    def hashed(content):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return original(content)
+
+    original = commit.record_content
+    expected = commit_folder(tmp_path / "one", {"a.bin": b"a", "b.bin": b"b"}, kind="example")
+    monkeypatch.setattr(commit, "record_content", hashed)
+    assert commit_folder(tmp_path / "other", {"a.bin": b"a", "b.bin": b"b"}, kind="example") == expected
+
+
 @pytest.mark.parametrize("started", [0, 1])
 def test_a_folder_is_committed_where_no_thread_can_be_started(tmp_path, monkeypatch, started):
     """Memory may be too short for the stack of one; what a run saves then is what it goes on from."""
@@ -393,3 +407,11 @@ def test_a_folder_is_committed_where_no_thread_can_be_started(tmp_path, monkeypa
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert commit_folder(tmp_path / "other", contents, kind="example") == expected
     assert verify_folder(tmp_path / "other") == expected
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path):
+    commit_folder(tmp_path / "one", {"a.bin": b"a", "b.bin": b"b"}, kind="example")
+    (tmp_path / "one" / "a.bin").unlink()
+    os.mkfifo(tmp_path / "one" / "a.bin")
+    with pytest.raises(DamagedArtefactError, match=r"a\.bin: .*not a regular file"):
+        verify_folder(tmp_path / "one")

@@ -11,12 +11,12 @@ from tests.files.test_translate import base_of
 
 from veneer.adapter import Adapter, TokenRows
 from veneer.errors import AdapterError
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints, Sight
 from veneer.files.gguf_container import dump_gguf, parse_gguf
 from veneer.files.gguf_lora import FILE, FORMAT, read_gguf_lora, write_gguf_lora
 from veneer.files.peft import load_adapter
 from veneer.files.rotary import to_pairs
-from veneer.files.translate import foreign_adapter
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "adapters" / "smollm2-random-r4"
 LAYER = "model.layers.0"

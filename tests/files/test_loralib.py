@@ -10,6 +10,7 @@ from tests.files.drawn import adapters, error_between, pair_of
 from tests.files.test_translate import base_of
 
 from veneer.errors import AdapterError
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints, Sight
 from veneer.files.loralib import (
     FILE,
@@ -21,7 +22,6 @@ from veneer.files.loralib import (
     write_loralib,
 )
 from veneer.files.shards import read_checkpoint
-from veneer.files.translate import foreign_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loralib"
 LAYERS = {

@@ -12,10 +12,10 @@ from tests.files.test_translate import base_of
 
 from veneer.adapter import Adapter, TokenRows
 from veneer.errors import AdapterError
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints, Sight
 from veneer.files.mlx import CONFIG, FORMAT, TENSORS, read_mlx, write_mlx
 from veneer.files.tensors import dump_tensors
-from veneer.files.translate import foreign_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mlx"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "adapters" / "mlx-smollm2-wikisql-6it"

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,7 +380,7 @@ def test_a_weight_that_is_not_finite_is_not_written():
 
 
 def test_a_folder_that_holds_no_adapter_says_what_it_holds(tmp_path):
-    with pytest.raises(AdapterError, match=r"found none"):
+    with pytest.raises(AdapterError, match=r"found nothing"):
         load_adapter(tmp_path / "none")
     with pytest.raises(AdapterError, match=r"adapter_config\.json: missing"):
         load_adapter(tmp_path)
@@ -461,3 +462,28 @@ def test_a_pattern_from_a_file_cannot_stop_the_reader():
     assert json.loads(hung[CONFIG])["target_modules"] == "(a+)+b"
     assert adapter_from_files(hung, "x").config.target_modules == "(a+)+b"
     assert adapter_to_files(adapter_from_files(hung, "x"))[TENSORS] == hung[TENSORS]
+
+
+def test_linear_and_transposed_layers_in_one_adapter_are_refused_by_name(tmp_path):
+    pair = LowRank(torch.ones(1, 2), torch.ones(3, 1), 1.0)
+    both = {"head": pair, "h.0.c_attn": replace(pair, form="transposed")}
+    with pytest.raises(AdapterError, match="cannot be written in PEFT's layout") as caught:
+        save_adapter(Adapter(both, LoRAConfig(rank=1, alpha=1.0)), tmp_path / "a")
+    assert caught.value.problems == (
+        "head is linear and h.0.c_attn transposed (Conv1D); PEFT says one of them for all matrices",
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_no_folder_of_peft_is_told_with_what_to_do(tmp_path):
+    (tmp_path / "tickets").mkdir()
+    with pytest.raises(AdapterError, match=r"found nothing; nearest: .*tickets'"):
+        load_adapter(tmp_path / "tickts")
+    (tmp_path / "tickets" / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match="`veneer convert` reads other programs' files"):
+        load_adapter(tmp_path / "tickets")
+    with pytest.raises(AdapterError, match="found a file"):
+        load_adapter(tmp_path / "tickets" / "adapters.safetensors")
+    (tmp_path / "tickets" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(AdapterError, match="--allow-pickle"):
+        load_adapter(tmp_path / "tickets")

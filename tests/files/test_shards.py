@@ -166,3 +166,16 @@ def test_a_copy_is_hashed_on_its_way(tmp_path, monkeypatch):
 
 def test_a_configuration_alone_is_read(folder, tmp_path):
     assert read_config(folder[0]) == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_folders_of_diffusers_are_read(tmp_path, sharded):
+    stem, tensor = "diffusion_pytorch_model", torch.randn(2, 3)
+    file = f"{stem}-00001-of-00001.safetensors" if sharded else f"{stem}.safetensors"
+    (tmp_path / file).write_bytes(dump_tensors({"conv_in.weight": tensor}))
+    index = f"{stem}.safetensors.index.json" if sharded else None
+    if index is not None:
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"conv_in.weight": file}}))
+    found = read_checkpoint(tmp_path)
+    assert found.index == index
+    assert torch.equal(read_tensor(found, "conv_in.weight"), tensor)

@@ -10,6 +10,7 @@ from tests.files.drawn import adapters, error_between, pair_of
 from tests.files.test_translate import base_of
 
 from veneer.errors import AdapterError
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints, Sight
 from veneer.files.rotary import to_halves, to_pairs
 from veneer.files.torchtune import (
@@ -20,7 +21,6 @@ from veneer.files.torchtune import (
     read_torchtune_pickle,
     write_torchtune,
 )
-from veneer.files.translate import foreign_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "torchtune"
 LAYER = "model.layers.1"

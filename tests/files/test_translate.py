@@ -10,17 +10,10 @@ from tests.files.drawn import SCALINGS, adapters, error_between, pair_of
 
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError
+from veneer.files.foreign import foreign_adapter
 from veneer.files.peft import adapter_from_files, adapter_to_files
 from veneer.files.shards import Checkpoint, StoredTensor
-from veneer.files.translate import (
-    at_rank,
-    at_scaling,
-    foreign_adapter,
-    join_gate_up,
-    matrix_form,
-    split_gate_up,
-    weight_shape,
-)
+from veneer.files.translate import at_rank, at_scaling, join_gate_up, matrix_form, split_gate_up, weight_shape
 
 LAYERS = {
     "model.layers.0.self_attn.q_proj": {},

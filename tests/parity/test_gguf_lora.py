@@ -9,10 +9,10 @@ import torch
 from tests.files.drawn import error_between, pair_of
 from tests.files.gguf_bases import FAMILY_SETTINGS, VOCABULARY, WIDTH, tiny, write_base
 
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints
 from veneer.files.gguf_lora import FILE, read_gguf_lora, write_gguf_lora
 from veneer.files.shards import read_checkpoint
-from veneer.files.translate import foreign_adapter
 
 pytest.importorskip("llama_cpp")
 

@@ -9,9 +9,9 @@ from safetensors.torch import load
 from tests.files.drawn import pair_of
 from torch import nn
 
+from veneer.files.foreign import foreign_adapter
 from veneer.files.format import Hints
 from veneer.files.loralib import FILE, write_loralib
-from veneer.files.translate import foreign_adapter
 
 loralib = pytest.importorskip("loralib")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests.files.drawn import pair_of
 
+from veneer.files.foreign import foreign_adapter
 from veneer.files.mlx import write_mlx
-from veneer.files.translate import foreign_adapter
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")

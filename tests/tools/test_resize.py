@@ -130,8 +130,8 @@ def test_what_trained_whole_goes_along():
 def test_what_cannot_be_resized():
     adapter = adapter_of(q=pair_of("linear", 2, 0))
     for arguments, text in (
-        ({}, "either a rank or an energy"),
-        ({"rank": 1, "energy": 0.5}, "either a rank or an energy"),
+        ({}, "give rank or energy, one of them"),
+        ({"rank": 1, "energy": 0.5}, "give rank or energy, one of them"),
         ({"rank": 0}, "rank: expected"),
         ({"rank": 1.5}, "rank: expected"),
         ({"energy": 0.0}, "energy: expected"),

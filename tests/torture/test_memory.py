@@ -1,7 +1,7 @@
 """Memory that really does not suffice: the system refuses, the step is cut, the run comes to its end.
 
 The limit is on address space, which what a failed attempt leaves in the heap may use up in pieces: some of these runs
-end with the error that says so.
+end with the error that says so, and go on where there is more.
 """
 
 import json
@@ -36,10 +36,12 @@ def test_a_run_short_of_memory_cuts_its_steps_and_ends(long_rows):
         chain = long_rows(f"chain-{margin}")
         ended = chain.go(memory=margin * MEGABYTE)
         said = chain.log.read_text()
-        if ended.code != 0:
-            assert (ended.code, "and it cannot be cut" in said) == (1, True), said[-3000:]
-            continue
-        finished += 1
+        if ended.code == 0:
+            finished += 1
+        else:
+            assert ended.code == 1, said[-3000:]
+            assert "and it cannot be cut" in said or "memory does not suffice" in said, said[-3000:]
+            chain.finish()
         for line, other in zip(chain.metrics(), whole.metrics(), strict=True):
             cut += "cut_to_tokens" in line
             for name in ("step", "epoch", "learning_rate", "tokens", "supervised_tokens"):

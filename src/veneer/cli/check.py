@@ -1,11 +1,11 @@
 """`veneer check`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import veneer
+from veneer.cli.bases import checkpoint_of
 from veneer.cli.output import Json, Storage, log_to_stderr, print_facts, print_json, print_table
 from veneer.errors import BaseModelError, ConfigError
 
@@ -26,7 +26,7 @@ PROMPT = "Adapters change what a model says. The capital of France is Paris, and
 def check(
     adapter: Annotated[
         str | None,
-        typer.Argument(metavar="DIR", help="Adapter folder, or any file that may be one.", show_default=False),
+        typer.Argument(metavar="ADAPTER", help="Adapter folder, or any file that may be one.", show_default=False),
     ] = None,
     base: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def check(
     model: nn.Module | Checkpoint | None = None
     ask = None
     if base is not None:
-        model, ask = _load(base, storage) if probe else (open_checkpoint(base), None)
+        model, ask = _load(base, storage) if probe else (checkpoint_of(base), None)
     report = veneer.check(adapter, base=model, probe=ask)
     if as_json:
         print_json({"adapter": adapter, "base": base, **report.to_json()})
@@ -63,15 +63,6 @@ def check(
         _print(adapter, report)
     if report.errors:
         raise typer.Exit(1)
-
-
-def open_checkpoint(base: str) -> "Checkpoint":
-    """Return the headers of a base's safetensors files, wherever it comes from.
-
-    Raises:
-        BaseModelError: If it is not on this machine.
-    """
-    return veneer.read_checkpoint(base if Path(base).is_dir() else veneer.base_folder(base))
 
 
 def _load(base: str, storage: str | None) -> "tuple[nn.Module, Probe | None]":
@@ -92,7 +83,9 @@ def _load(base: str, storage: str | None) -> "tuple[nn.Module, Probe | None]":
 
 
 def _print(adapter: str, report: "Report") -> None:
-    counts = {name: sum(one.severity == name for one in report.findings) for name in ("error", "warning", "note")}
+    counts = {
+        name: sum(one.count for one in report.findings if one.severity == name) for name in ("error", "warning", "note")
+    }
     said = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
     print_facts({"adapter": adapter, "found": said or "nothing", **_effect(report.effect)})
     if not report.findings:

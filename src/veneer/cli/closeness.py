@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli.output import print_table
-from veneer.errors import OutputError
+from veneer.cli.output import print_table, span
+from veneer.errors import ConfigError, OutputError
+from veneer.names import last_name
 
 if TYPE_CHECKING:
     from veneer.adapter import Adapter
@@ -16,7 +17,7 @@ def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> N
     """Print ranks, kept energy and error of modules of one last name and size together."""
     groups: dict[tuple[str, tuple[int, int]], list[Closeness]] = {}
     for path, one in modules.items():
-        groups.setdefault((path.rpartition(".")[2], adapter.modules[path].sizes), []).append(one)
+        groups.setdefault((last_name(path), adapter.modules[path].sizes), []).append(one)
     rows = []
     for (name, sizes), alike in groups.items():
         norm = sum(one.norm**2 for one in alike) ** 0.5
@@ -26,8 +27,8 @@ def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> N
                 "target": name,
                 "layers": len(alike),
                 "out × in": f"{sizes[0]} × {sizes[1]}",
-                "rank before": _span([one.rank_before for one in alike]),
-                "rank": _span([one.rank for one in alike]),
+                "rank before": span([one.rank_before for one in alike]),
+                "rank": span([one.rank for one in alike]),
                 "norm": f"{norm:.4g}",
                 "kept": share(1.0 - (missed / norm) ** 2 if norm else 1.0),
                 "error": f"{missed / norm if norm else 0.0:.2e}",
@@ -49,16 +50,25 @@ def share(value: float) -> str:
     return f"{min(percent, 99.99) if value < 1 - 1e-12 else percent:.2f} %"
 
 
-def require_free(out: str, overwrite: bool) -> None:
-    """Raise before any work where a folder could not be written in the end.
+def require_one(**options: object) -> None:
+    """Raise unless exactly one of some options is given.
+
+    Raises:
+        ConfigError: If none is, or several are.
+
+    Example:
+        >>> require_one(rank=4, energy=None)
+    """
+    if sum(value is not None for value in options.values()) != 1:
+        raise ConfigError(f"give {' or '.join(f'--{name}' for name in options)}, one of them")
+
+
+def require_free(out: str, overwrite: bool | None = None) -> None:
+    """Raise before any work where a folder could not be written in the end; None where a verb replaces nothing.
 
     Raises:
         OutputError: If it exists, and is not to be replaced.
     """
     if Path(out).exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
-
-
-def _span(numbers: "list[int]") -> str:
-    least, most = min(numbers), max(numbers)
-    return str(least) if least == most else f"{least}–{most}"
+        advice = "" if overwrite is None else ", or replace it with --overwrite"
+        raise OutputError(f"{out}: exists already; choose another name{advice}")

@@ -16,7 +16,7 @@ EXAMPLE = "Example: veneer combine runs/a/adapter runs/b/adapter --weights 0.7,0
 
 
 def combine(
-    adapters: Annotated[list[str], typer.Argument(metavar="DIR DIR ...", help="Adapter folders, ours or PEFT's.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER ...", help="Adapter folders, ours or PEFT's.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the combination.")],
     weights: Annotated[
         str | None,

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 import veneer
-from veneer.cli.check import open_checkpoint
+from veneer.cli.bases import BASE, checkpoint_of
 from veneer.cli.output import Json, print_facts, print_json, print_table
 from veneer.errors import ConfigError
+from veneer.names import last_name
 
 EXAMPLE = "Example: veneer convert lora.safetensors --to peft --out mine"
 
@@ -19,7 +20,7 @@ def convert(
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help="Format to write, or lora.")] = None,
     out: Annotated[str | None, typer.Option(metavar="PATH", help="File or folder to write.")] = None,
     source: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Format to read; else seen.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="Base's safetensors: names and shapes.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help=f"For names and shapes: {BASE}.")] = None,
     alpha: Annotated[float | None, typer.Option(help="For formats that do not store it.")] = None,
     component: Annotated[str | None, typer.Option(metavar="NAME", help="Part of a pipeline, such as unet.")] = None,
     fused: Annotated[str | None, typer.Option(metavar="part|whole", help="What a packed layer's alpha is of.")] = None,
@@ -37,7 +38,7 @@ def convert(
     if missing := [name for name, value in (("PATH", path), ("--to", to), ("--out", out)) if value is None]:
         raise ConfigError(f"convert needs {', '.join(missing)}; `veneer convert --list` shows the formats")
     hints = veneer.Hints(
-        base=open_checkpoint(base) if base is not None else None,
+        base=checkpoint_of(base) if base is not None else None,
         alpha=alpha,
         component=component,
         fused=fused,
@@ -81,7 +82,7 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, pair in done.adapter.modules.items():
         key = (
-            _last_name(path),
+            last_name(path),
             pair.form + (" dora" if pair.magnitude is not None else ""),
             pair.sizes,
             pair.rank,
@@ -106,18 +107,6 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
         told = {"target": path, "form": "trained whole", "error": _shown(done.proof.errors[path])}
         rows.append({name: told.get(name, "") for name in columns})
     return rows
-
-
-def _last_name(path: str) -> str:
-    """Return the last part of a path that is a name, with the numbers behind it: `to_out.0`.
-
-    Example:
-        >>> _last_name("attn1.to_out.0"), _last_name("0")
-        ('to_out.0', '0')
-    """
-    parts = path.split(".")
-    start = next((at for at in range(len(parts) - 1, -1, -1) if not parts[at].isdigit()), 0)
-    return ".".join(parts[start:])
 
 
 def _shown(error: float) -> str:

@@ -1,69 +1,98 @@
 """`veneer extract`."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import veneer
-from veneer.cli.merge import bytes_bar, folder_of, weight_bytes
-from veneer.cli.output import Json, log_to_stderr, print_facts, print_json, print_table
-from veneer.errors import ConfigError, OutputError
+from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
+from veneer.cli.closeness import require_free, require_one, share
+from veneer.cli.output import Json, log_to_stderr, print_facts, print_json, print_table, size, span
+from veneer.names import by_number, last_name
+
+if TYPE_CHECKING:
+    from veneer.tools.extract import ExtractedModule
 
 EXAMPLE = "Example: veneer extract models/llama models/llama-tuned --out adapters/tuned --rank 16"
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="Folder of a base model with safetensors files.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder of the same model, fine-tuned.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help=f"Base model: {BASE}.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same model, fine-tuned: alike.")],
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Adapter folder to make.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of each module's factors.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each module's factors.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Instead: the smallest rank that holds this share of each difference.")
     ] = None,
     others: Annotated[
         Literal["list", "keep", "refuse"], typer.Option(help="What becomes of norms and biases that differ.")
     ] = "list",
+    modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Take a LoRA out of a fine-tuned model: the nearest to what it has more than its base."""
     log_to_stderr()
-    if (rank is None) == (energy is None):
-        raise ConfigError("give --rank or --energy, one of them")
-    if Path(out).exists():
-        raise OutputError(f"{out}: exists already; choose another name")
+    require_free(out, overwrite)
+    require_one(rank=rank, energy=energy)
     first, second = folder_of(base), folder_of(tuned)
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
         found = veneer.extract(first, second, rank=rank, energy=energy, others=others, on_bytes=on_bytes)
-    veneer.save_adapter(found.adapter, out)
+    veneer.save_adapter(found.adapter, out, replace=overwrite)
     if as_json:
-        print_json(found.to_json() | {"out": out})
+        print_json({"adapter": out, **found.to_json()})
         return
     print_facts(
         {
             "adapter": out,
             "digest": found.adapter.digest,
             "modules": len(found.modules),
+            "size": size(found.adapter.num_bytes),
             "error of the difference": f"{found.error:.3g}",
             "tensors the same": found.unchanged,
             **({"kept whole": len(found.adapter.trained)} if found.adapter.trained else {}),
         }
     )
-    rows = [
+    rows = _module_rows(found.modules) if modules else _target_rows(found.modules)
+    print_table("", rows, right=[name for name in rows[0] if name not in ("target", "module", "form")])
+    left = [
+        {"left out": one.name, "shape": " × ".join(map(str, one.shape)), "why": one.reason} for one in found.left_out
+    ]
+    if left:
+        print_table("", left)
+
+
+def _module_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
+    return [
         {
             "module": one.path,
             "form": one.form,
             "out × in": f"{one.shape[0]} × {one.shape[1]}",
             "rank": one.rank,
             "change / weight": f"{one.change:.3g}",
-            "energy": f"{one.energy:.4%}",
-            "error": f"{one.error:.3g}",
+            "energy kept": share(one.energy),
+            "error": f"{one.error:.2e}",
         }
-        for one in found.modules
+        for one in sorted(modules, key=lambda one: by_number(one.path))
     ]
-    print_table("", rows, right=("out × in", "rank", "change / weight", "energy", "error"))
-    left = [
-        {"left out": one.name, "shape": " × ".join(map(str, one.shape)), "why": one.reason} for one in found.left_out
+
+
+def _target_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
+    """Return a row for each group of modules alike, with the least and the most of each figure."""
+    groups: dict[tuple[str, str, tuple[int, int]], list[ExtractedModule]] = {}
+    for one in modules:
+        groups.setdefault((last_name(one.path), one.form, one.shape), []).append(one)
+    return [
+        {
+            "target": name,
+            "form": form,
+            "layers": len(alike),
+            "out × in": f"{shape[0]} × {shape[1]}",
+            "rank": span([one.rank for one in alike]),
+            "change / weight": span([one.change for one in alike], ".3g"),
+            "least energy kept": share(min(one.energy for one in alike)),
+            "worst error": f"{max(one.error for one in alike):.2e}",
+        }
+        for (name, form, shape), alike in groups.items()
     ]
-    if left:
-        print_table("", left)

@@ -7,6 +7,8 @@ import typer
 from veneer.cli import check, combine, convert, demo, evaluate, extract, generate, merge, resize, show, train
 from veneer.errors import VeneerError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="veneer",
     help="LoRA adapters for PyTorch models: train them, prove what they do, work on them, use them.",
@@ -42,6 +44,14 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder without permission: the system's own words say it best
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except MemoryError:  # where nothing could be cut smaller; what was committed stands
+        print("error: memory does not suffice; what was committed before stands", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
+            print("interrupted", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    main()

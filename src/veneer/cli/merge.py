@@ -1,25 +1,27 @@
 """`veneer merge`."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 import veneer
+from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
+from veneer.cli.closeness import require_free
 from veneer.cli.gguf import GgufFile, GgufLike, gguf_facts, like_of, write_gguf
-from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size
+from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size, span
 from veneer.errors import ConfigError
+from veneer.names import by_number, last_name
+
+if TYPE_CHECKING:
+    from veneer.tools.merge_record import MergedModule
 
 EXAMPLE = "Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5"
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="Folder with safetensors files, hub id in the cache, .gguf or smollm2.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help=f"Base model: {BASE}.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
     also: Annotated[
@@ -34,6 +36,7 @@ def merge(
     gguf: GgufFile = None,
     gguf_like: GgufLike = None,
     any_base: AnyBase = False,
+    modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a base model's files, shard by shard, and prove the result.
@@ -41,9 +44,12 @@ def merge(
     All other files are copied; veneer_merge.json in OUT says what was done.
     """
     log_to_stderr()
+    require_free(out)
+    parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
+    if bad := [f"{one}: {number}" for one, number in parts if not math.isfinite(number)]:
+        raise ConfigError("a weight must be a finite number", bad)
     folder = folder_of(base)
     like = like_of(base, folder, out, gguf, gguf_like)
-    parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
             record = veneer.merge_checkpoint(folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
@@ -68,19 +74,46 @@ def merge(
             **gguf_facts(made),
         }
     )
-    rows = [
+    if record.modules:
+        rows = _module_rows(record.modules) if modules else _target_rows(record.modules)
+        print_table("", rows, right=("layers", "update / weight", "lost to rounding", "unchanged"))
+
+
+def _module_rows(modules: "Sequence[MergedModule]") -> list[dict[str, Any]]:
+    return [
         {
             "module": one.path,
             "form": one.kind,
-            "stored": one.became if one.stored == one.became else f"{one.stored} → {one.became}",
+            "stored": _stored(one),
             "update / weight": "–" if one.relative_change is None else f"{one.relative_change:.3g}",
             "lost to rounding": f"{one.rounding_loss:.2%}",
             "unchanged": f"{one.unchanged:.1%}",
         }
-        for one in record.modules
+        for one in sorted(modules, key=lambda one: by_number(one.path))
     ]
-    if rows:
-        print_table("", rows, right=("update / weight", "lost to rounding", "unchanged"))
+
+
+def _target_rows(modules: "Sequence[MergedModule]") -> list[dict[str, Any]]:
+    """Return a row for each group of modules alike, with the least and the most of each figure."""
+    groups: dict[tuple[str, str, str], list[MergedModule]] = {}
+    for one in modules:
+        groups.setdefault((last_name(one.path), one.kind, _stored(one)), []).append(one)
+    return [
+        {
+            "target": name,
+            "layers": len(alike),
+            "form": form,
+            "stored": stored,
+            "update / weight": span([one.relative_change for one in alike if one.relative_change is not None], ".3g"),
+            "lost to rounding": span([one.rounding_loss for one in alike], ".2%"),
+            "unchanged": span([one.unchanged for one in alike], ".1%"),
+        }
+        for (name, form, stored), alike in groups.items()
+    ]
+
+
+def _stored(one: "MergedModule") -> str:
+    return one.became if one.stored == one.became else f"{one.stored} → {one.became}"
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -92,25 +125,3 @@ def _weighted(text: str) -> tuple[str, float]:
         return folder, float(number)
     except ValueError:
         raise ConfigError(f"--also {text!r}: {number!r} is not a number; expected DIR=WEIGHT") from None
-
-
-def folder_of(base: str) -> str:
-    """Return the folder of a base, see `veneer.base_folder`; nothing is imported for one that is a folder."""
-    return base if Path(base).is_dir() else veneer.base_folder(base)
-
-
-def weight_bytes(folder: str) -> int:
-    """Return the bytes of the safetensors files in a folder: what a bar shows as all of it."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-@contextmanager
-def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many bytes are done, on standard error where that is a terminal."""
-    columns: Sequence[TextColumn | BarColumn | DownloadColumn | TransferSpeedColumn | TimeRemainingColumn] = (
-        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn()),
-        *(TransferSpeedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

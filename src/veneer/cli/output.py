@@ -118,3 +118,16 @@ def size(num_bytes: int) -> str:
         if num_bytes >= factor:
             return f"{num_bytes:,} bytes ({num_bytes / factor:.1f} {unit})"
     return f"{num_bytes} bytes"
+
+
+def span(numbers: Sequence[float], form: str = "") -> str:
+    """Return the least and the most of some numbers, once where they read the same; a dash where there are none.
+
+    Example:
+        >>> span([3, 1, 2]), span([0.1, 0.1004], ".2%"), span([])
+        ('1–3', '10.00%–10.04%', '–')
+    """
+    if not numbers:
+        return "–"
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least}–{most}"

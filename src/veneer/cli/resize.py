@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 import veneer
-from veneer.cli.closeness import print_closeness, require_free, share
+from veneer.cli.closeness import print_closeness, require_free, require_one, share
 from veneer.cli.output import Json, print_facts, print_json, size
 
 EXAMPLE = "Example: veneer resize runs/tickets/adapter --energy 0.99 --out runs/tickets/small"
 
 
 def resize(
-    adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter folder, ours or PEFT's.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the resized adapter.")],
     rank: Annotated[int | None, typer.Option(help="Highest rank of a module.")] = None,
     energy: Annotated[
@@ -29,6 +29,7 @@ def resize(
     It works on the factors; the table tells what is lost.
     """
     require_free(out, overwrite)
+    require_one(rank=rank, energy=energy)
     before = veneer.load_adapter(adapter)
     made = veneer.resize(before, rank=rank, energy=energy, spread=spread)
     veneer.save_adapter(made.adapter, out, card=made.card(adapter), replace=overwrite)

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import veneer
-from veneer.cli.check import open_checkpoint
+from veneer.cli.bases import BASE, checkpoint_of
 from veneer.cli.output import Json, print_facts, print_json, print_table, size
 from veneer.errors import ConfigError
+from veneer.names import by_number, last_name
 
 if TYPE_CHECKING:
     from veneer.tools.relate import ModuleRelation, Relation
@@ -19,14 +20,14 @@ _WORDS = ("target", "form", "module")
 
 
 def show(
-    adapter: Annotated[str, typer.Argument(metavar="DIR", help="Adapter folder, ours or PEFT's.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")],
     other: Annotated[
         str | None,
-        typer.Argument(metavar="[DIR]", help="A second adapter: say how the two relate.", show_default=False),
+        typer.Argument(metavar="OTHER", help="A second adapter: say how the two relate.", show_default=False),
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Give norms relative to this base's weights as well.")
+        str | None, typer.Option(metavar="BASE", help=f"Give norms relative to this base's weights as well: {BASE}.")
     ] = None,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="Draw norms, ranks and spectra by layer and target.")
@@ -48,7 +49,7 @@ def show(
             _print_relation(relation, modules)
         return
     value = veneer.load_adapter(adapter)
-    norms = None if base is None else veneer.weight_norms(open_checkpoint(base), value)
+    norms = None if base is None else veneer.weight_norms(checkpoint_of(base), value)
     summary = veneer.summarize(value, norms)
     if plot is not None:
         veneer.draw_summary(summary, plot)
@@ -74,7 +75,8 @@ def _print_summary(summary: "Summary", every_module: bool) -> None:
             **_most(summary),
         }
     )
-    rows = [_module_row(one) for one in summary.modules] if every_module else _target_rows(summary)
+    modules = sorted(summary.modules, key=lambda one: by_number(one.path))
+    rows = [_module_row(one) for one in modules] if every_module else _target_rows(summary)
     if rows:
         print_table("", rows, right=[name for name in rows[0] if name not in _WORDS])
     whole = [{"trained whole": path, "shape": " × ".join(map(str, shape))} for path, shape in summary.trained]
@@ -163,7 +165,8 @@ def _print_relation(found: "Relation", every_module: bool) -> None:
             **_only("not comparable", [f"{path}: {why}" for path, why in found.unlike]),
         }
     )
-    table = [_relation_row(one) for one in found.modules] if every_module else _relation_groups(found)
+    modules = sorted(found.modules, key=lambda one: by_number(one.path))
+    table = [_relation_row(one) for one in modules] if every_module else _relation_groups(found)
     if table:
         print_table("", table, right=[name for name in table[0] if name not in _WORDS])
     if found.trained:
@@ -174,7 +177,7 @@ def _relation_groups(found: "Relation") -> list[dict[str, Any]]:
     """Return a row for each name of a module, with means over the layers."""
     groups: dict[str, list[ModuleRelation]] = {}
     for one in found.modules:
-        groups.setdefault(one.path.rpartition(".")[2], []).append(one)
+        groups.setdefault(last_name(one.path), []).append(one)
     rows = []
     for name, alike in groups.items():
         cosines = [one.cosine for one in alike if one.cosine is not None]

@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -255,15 +255,20 @@ def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem)
     with ThreadPoolExecutor(2) as hashing:
         try:
             pending = {name: hashing.submit(record_content, contents[name]) for name in sorted(contents)}
-        except RuntimeError:  # no room for a thread's stack: where memory is short, what is saved is needed
+        except (RuntimeError, MemoryError):  # no room for a thread: where memory is short, what is saved is needed
             pending = {}
         for name, content in contents.items():
             fs.make_parents((folder / name).parent)
             fs.write_bytes(folder / name, content)
-        return {
-            name: pending[name].result() if name in pending else record_content(contents[name])
-            for name in sorted(contents)
-        }
+        return {name: _hashed(contents[name], pending.get(name)) for name in sorted(contents)}
+
+
+def _hashed(content: Content, pending: Future[FileRecord] | None) -> FileRecord:
+    """Return the hash that a thread made; a thread whose own heap found no room is done without."""
+    if pending is not None:
+        with suppress(MemoryError):
+            return pending.result()
+    return record_content(content)
 
 
 def _fill_by_function(folder: Path, write: Callable[[Path], Written], fs: FileSystem) -> dict[str, FileRecord]:

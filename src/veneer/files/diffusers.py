@@ -23,11 +23,11 @@ from veneer.files.filesystem import Content
 from veneer.files.foreign import (
     ENOUGH,
     Single,
-    carrying_problems,
     pair_from,
     read_single,
     refuse,
     settings_for,
+    unfit,
 )
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.kohya_other import alpha_of
@@ -182,7 +182,7 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
     if style not in STYLES:
         raise AdapterError(f"style: expected one of {', '.join(STYLES)}, got {style!r}{did_you_mean(style, STYLES)}")
     forms = _NEW_FORMS if style == "new" else _OLD_FORMS
-    problems = carrying_problems(adapter, forms, magnitudes=style == "new")
+    problems = unfit(adapter, forms, "diffusers", dora=forms if style == "new" else ())
     modules = under(hints.component, adapter.modules)
     if lost := [path for path in modules if component_of(path) is None]:
         problems.append(

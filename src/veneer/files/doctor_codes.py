@@ -34,6 +34,7 @@ class Finding:
         where: The file, key or module path.
         what: What is there, and what was expected.
         command: What mends it, where a command does.
+        count: For how many it stands.
 
     Example:
         >>> Finding("V102", "runs/a", "adapter_config.json: missing").severity
@@ -44,6 +45,7 @@ class Finding:
     where: str
     what: str
     command: str | None = None
+    count: int = 1
 
     @property
     def severity(self) -> str:
@@ -90,7 +92,7 @@ def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         if counts[one.code] <= MAX_OF_A_CODE:
             kept.append(one)
     more = {code: count - MAX_OF_A_CODE for code, count in counts.items() if count > MAX_OF_A_CODE}
-    return in_order([*kept, *(Finding(code, "", f"... and {count} more") for code, count in more.items())])
+    return in_order([*kept, *(Finding(code, "", f"... and {count} more", count=count) for code, count in more.items())])
 
 
 def _text(text: str) -> str:

@@ -121,8 +121,7 @@ class FileSystem:
         Raises:
             OSError: If it cannot be read, is not a regular file, or ends before.
         """
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(f"{path}: not a regular file")
+        _require_regular(path)
         data = bytearray(length)
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -135,7 +134,12 @@ class FileSystem:
         return data
 
     def measure(self, path: Path) -> tuple[int, str]:
-        """Return the size and the SHA-256 of a file, read in pieces."""
+        """Return the size and the SHA-256 of a regular file, read in pieces.
+
+        Raises:
+            OSError: If it cannot be read, or is a pipe or a device, which would be waited for.
+        """
+        _require_regular(path)
         sha, size = hashlib.sha256(), 0
         with path.open("rb") as file:
             while piece := file.read(_CHUNK):
@@ -299,6 +303,11 @@ class FileSystem:
         for piece in pieces_of(content):
             while piece:
                 piece = piece[self.write(handle, piece) :]
+
+
+def _require_regular(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path}: not a regular file")
 
 
 REAL = FileSystem()

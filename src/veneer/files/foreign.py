@@ -1,5 +1,7 @@
 """What the readers and writers of other people's formats share: a single file, settings from factors, what fits.
 
+What changes factors themselves is `translate`'s.
+
 An adapter's meaning is its effective delta in each module. So a scaling that a format has no place for is folded into
 lora_B, and settings are made from what the factors are (research: peft-format.md 20).
 """
@@ -8,11 +10,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.adapter import Adapter, LowRank
+from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, FileSystem
@@ -76,7 +79,7 @@ def read_single(path: Path, *, max_bytes: int = MAX_FILE, fs: FileSystem = REAL)
     return Single(path, parse_tensors(data, str(path)), header.get("__metadata__") or {})
 
 
-def refuse(where: object, message: str, problems: Collection[str]) -> None:
+def refuse(where: object, message: str, problems: Iterable[str]) -> None:
     """Raise for a list of problems, if there are any.
 
     Raises:
@@ -85,8 +88,7 @@ def refuse(where: object, message: str, problems: Collection[str]) -> None:
     Example:
         >>> refuse("a.safetensors", "cannot be read", [])
     """
-    if problems:
-        lines = list(problems)
+    if lines := list(problems):
         count = f"{len(lines) - _SHOWN}" if len(lines) < ENOUGH else "many"
         more = [f"... and {count} more"] if len(lines) > _SHOWN else []
         raise AdapterError(f"{where}: {message}", lines[:_SHOWN] + more)
@@ -174,38 +176,73 @@ def settings_for(
     return config.model_copy(update=numbers)
 
 
-def carrying_problems(
+def foreign_adapter(
+    modules: Mapping[str, LowRank],
+    *,
+    trained: Mapping[str, Tensor] | None = None,
+    metadata: AdapterMetadata | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Return an adapter of modules that were read from files without PEFT's settings, with settings that fit them.
+
+    Args:
+        modules: Module path to factors.
+        trained: Parameter path to values that trained whole.
+        metadata: What it was made for.
+        settings: Further settings, such as the dropout.
+
+    Example:
+        >>> pair = LowRank(torch.zeros(2, 3), torch.zeros(3, 2), scaling=2.0)
+        >>> foreign_adapter({"layers.0.q_proj": pair}).config.alpha
+        4.0
+    """
+    whole = dict(trained or {})
+    biases = {path.removesuffix(".bias") for path in whole if path.endswith(".bias")}
+    bias = "none" if not biases else "lora_only" if biases <= set(modules) else "all"
+    saved = {path.rpartition(".")[0] for path in whole if not path.endswith(".bias")}
+    base = LoRAConfig(**{"bias": bias, **(settings or {})})
+    config = settings_for(modules, saved=saved, base=base)
+    return Adapter(modules, config, whole, metadata or AdapterMetadata())
+
+
+def unfit(
     adapter: Adapter,
     forms: Collection[str],
+    program: str,
     *,
-    magnitudes: bool = True,
+    dora: Collection[str] = (),
     trained: bool = False,
+    invocation: bool = False,
     advice: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return what of an adapter a format cannot carry, a line for each.
+    """Return a line for all that an adapter holds and a format does not carry.
 
     Args:
         adapter: The adapter.
         forms: The forms of factors that the format has.
-        magnitudes: Whether it has DoRA's magnitudes.
+        program: Whose format it is.
+        dora: The forms that it has with magnitudes.
         trained: Whether it has parameters that trained whole.
+        invocation: Whether it has the tokens after which alone an adapter acts.
         advice: Form to what to do about it.
 
     Example:
-        >>> pair = LowRank(torch.zeros(1, 2), torch.zeros(3, 1), 1.0, form="embedding")
-        >>> carrying_problems(Adapter({"embed": pair}, LoRAConfig(rank=1)), ["linear"])
-        ["embed: factors of form 'embedding'"]
+        >>> pair = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0, "transposed")
+        >>> unfit(foreign_adapter({"a": pair}), ("linear",), "mlx-lm")
+        ["a: mlx-lm has no factors of form 'transposed'"]
     """
     problems = []
     for path, pair in adapter.modules.items():
         if pair.form not in forms:
             said = (advice or {}).get(pair.form)
-            problems.append(f"{path}: factors of form {pair.form!r}" + (f"; {said}" if said else ""))
-        if pair.magnitude is not None and not magnitudes:
-            problems.append(f"{path}: a magnitude (DoRA); make plain LoRA of it first")
+            problems.append(f"{path}: {program} has no factors of form {pair.form!r}" + (f"; {said}" if said else ""))
+        elif pair.magnitude is not None and pair.form not in dora:
+            problems.append(
+                f"{path}: {program} has no magnitudes (DoRA) for form {pair.form!r}; make plain LoRA of it first"
+            )
     if not trained:
-        problems += [f"{path}: trained whole" for path in adapter.trained]
-    problems += [f"{path}: rows of {len(one.indices)} tokens that trained" for path, one in adapter.tokens.items()]
-    if adapter.config.invocation_tokens:
-        problems.append(f"acts only after the tokens {list(adapter.config.invocation_tokens)} (activated LoRA)")
+        problems += [f"{path}: {program} has no place for a parameter that trained whole" for path in adapter.trained]
+    problems += [f"{path}: {program} has no place for rows of tokens" for path in adapter.tokens]
+    if adapter.config.invocation_tokens and not invocation:
+        problems.append(f"{program} has no invocation tokens (activated LoRA)")
     return problems

@@ -27,6 +27,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, Content
+from veneer.files.foreign import foreign_adapter, refuse, unfit
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.gguf_container import dump_gguf, gguf_package, parse_gguf
 from veneer.files.rotary import Heads, heads_of, reordered
@@ -38,15 +39,11 @@ from veneer.files.translate import (
     GATE_UP,
     UP,
     at_scaling,
-    foreign_adapter,
     join_gate_up,
     matrix_form,
     pair_problem,
     rank_problem,
-    refuse,
     split_gate_up,
-    trained_unfit,
-    unfit,
 )
 from veneer.names import did_you_mean
 
@@ -166,8 +163,7 @@ def write_gguf_lora(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     Example:
         write_gguf_lora(load_adapter("mine"), Hints(base=read_checkpoint("models/smollm2")))["lora.gguf"]
     """
-    problems = unfit(adapter, ("linear", "transposed", "embedding", "experts"), _PROGRAM)
-    problems += trained_unfit(adapter, _PROGRAM)
+    problems = unfit(adapter, ("linear", "transposed", "embedding", "experts"), _PROGRAM, invocation=True)
     problems += non_finite(adapter.tensors())
     modules, more = _parted(adapter.modules)
     problems += more

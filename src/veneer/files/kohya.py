@@ -33,11 +33,11 @@ from veneer.files.filesystem import Content
 from veneer.files.foreign import (
     ENOUGH,
     Single,
-    carrying_problems,
     pair_from,
     read_single,
     refuse,
     settings_for,
+    unfit,
 )
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.kohya_names import PREFIXES, Names, flat, grammar_path, prefix_for, split_prefix
@@ -301,7 +301,7 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
         "embedding": "kohya's and LyCORIS's loaders know linear layers and convolutions",
         "experts": "kohya's and LyCORIS's loaders know no stacked experts",
     }
-    problems = carrying_problems(adapter, FORMS, trained=True, advice=advice)
+    problems = unfit(adapter, FORMS, "kohya", dora=FORMS, trained=True, advice=advice)
     problems += [
         f"{path}: a convolution in {conv_groups(pair.lora_A, pair.lora_B)} groups"
         for path, pair in adapter.modules.items()

@@ -28,6 +28,7 @@ from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
 from veneer.factors import conv_groups
 from veneer.files.filesystem import Content
+from veneer.files.foreign import foreign_adapter, refuse, unfit
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.pickles import SUFFIXES, read_pickle
 from veneer.files.tensors import dump_tensors, non_finite, read_tensors
@@ -35,13 +36,10 @@ from veneer.files.translate import (
     alpha_hint,
     alpha_problem,
     at_scaling,
-    foreign_adapter,
     matrix_form,
     pair_problem,
     path_problem,
     rank_problem,
-    refuse,
-    unfit,
     weight_shape,
 )
 from veneer.names import did_you_mean
@@ -163,14 +161,12 @@ def write_loralib(adapter: Adapter, hints: Hints | None = None) -> dict[str, Con
     """
     hints = hints or Hints()
     problems = [problem] if (problem := alpha_problem(hints, _PROGRAM)) else []
-    problems += unfit(adapter, ("linear", "transposed", "embedding", "conv"), _PROGRAM)
+    problems += unfit(adapter, ("linear", "transposed", "embedding", "conv"), _PROGRAM, trained=True)
     problems += [
         f"{path}: {_PROGRAM} has no place for a parameter that trained whole but for biases"
         for path in adapter.trained
         if not path.endswith(".bias")
     ]
-    if adapter.config.invocation_tokens:
-        problems.append(f"{_PROGRAM} has no invocation tokens (activated LoRA)")
     problems += [
         f"{path}: {_PROGRAM}'s convolutions are right for square kernels in two directions without groups alone"
         for path, pair in adapter.modules.items()

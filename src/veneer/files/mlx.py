@@ -24,6 +24,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, Content
+from veneer.files.foreign import foreign_adapter, refuse, unfit
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG
 from veneer.files.strict_json import dump_json, parse_json
@@ -36,16 +37,12 @@ from veneer.files.translate import (
     at_rank,
     at_scaling,
     common_scaling,
-    foreign_adapter,
     join_gate_up,
     matrix_form,
     pair_problem,
     path_problem,
     rank_problem,
-    refuse,
     split_gate_up,
-    trained_unfit,
-    unfit,
 )
 from veneer.names import did_you_mean, layer_index
 
@@ -128,9 +125,6 @@ def write_mlx(adapter: Adapter, hints: Hints | None = None) -> dict[str, Content
     """
     hints = hints or Hints()
     problems = unfit(adapter, ("linear", "transposed", "embedding", "experts"), _PROGRAM, dora=("linear", "transposed"))
-    problems += trained_unfit(adapter, _PROGRAM)
-    if adapter.config.invocation_tokens:
-        problems.append(f"{_PROGRAM} has no invocation tokens (activated LoRA)")
     modules, more = _to_switches(adapter.modules, hints)
     problems += more
     magnitudes = [path for path, pair in modules.items() if pair.magnitude is not None]

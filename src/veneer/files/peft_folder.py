@@ -1,5 +1,6 @@
 """The folder of an adapter of any of PEFT's methods: its two files, read whole or refused with the reason."""
 
+import shlex
 from pathlib import Path
 
 from veneer.errors import AdapterError
@@ -15,6 +16,7 @@ PREFIX = "base_model.model."
 MAX_CONFIG = 8 << 20
 
 _PICKLE = "adapter_model.bin"
+_OTHERS = "`veneer check` tells what it is, `veneer convert` reads other programs' files"
 
 
 def read_folder(folder: str | Path, *, max_bytes: int, fs: FileSystem) -> tuple[dict[str, bytes], Manifest | None]:
@@ -34,17 +36,22 @@ def read_folder(folder: str | Path, *, max_bytes: int, fs: FileSystem) -> tuple[
 
 def _read(found: Path, folder: str, max_bytes: int, fs: FileSystem) -> tuple[dict[str, bytes], Manifest | None]:
     if not fs.is_folder(found):
-        raise AdapterError(f"{folder}: expected an adapter's folder, found none")
+        if fs.exists(found):
+            raise AdapterError(f"{folder}: expected an adapter's folder, found a file; {_OTHERS}")
+        beside = (
+            [str(found.parent / name) for name in fs.list_folder(found.parent)] if fs.is_folder(found.parent) else []
+        )
+        raise AdapterError(f"{folder}: expected an adapter's folder, found nothing{did_you_mean(str(found), beside)}")
     present = fs.list_folder(found)
     missing = [name for name in (CONFIG, TENSORS) if name not in present]
     if TENSORS in missing and _PICKLE in present:
         raise AdapterError(
             f"{folder}: holds {_PICKLE} but no {TENSORS}; a pickle can run any code, so it is not read."
-            " Convert it with PEFT where you trust it: load it and call save_pretrained()"
+            f" Where you trust it: veneer convert {shlex.quote(folder)} --to peft --out NEW --allow-pickle"
         )
     if missing:
         problems = [f"{name}: missing{did_you_mean(name, present)}" for name in missing]
-        raise AdapterError(f"{folder}: not an adapter's folder", problems)
+        raise AdapterError(f"{folder}: not an adapter's folder in PEFT's layout; {_OTHERS}", problems)
     try:
         return read_verified(found, (CONFIG, TENSORS), max_bytes=max_bytes, fs=fs)
     except OSError as cause:

@@ -79,6 +79,13 @@ def write_factors(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
         for path, pair in modules.items()
         if pair.magnitude is not None and pair.form not in _PLAIN
     ]
+    linear, transposed = (
+        [path for path, pair in modules.items() if pair.form == form] for form in ("linear", "transposed")
+    )
+    if linear and transposed:
+        problems.append(
+            f"{linear[0]} is linear and {transposed[0]} transposed (Conv1D); PEFT says one of them for all matrices"
+        )
     if problems:
         raise AdapterError("the adapter cannot be written in PEFT's layout", problems)
     named: dict[str, Tensor] = {}

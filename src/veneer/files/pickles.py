@@ -22,12 +22,12 @@ from veneer.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.files import unpickle
 from veneer.files.filesystem import REAL
+from veneer.files.foreign import refuse
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.peft import adapter_from_files
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG, TENSORS
 from veneer.files.strict_json import dump_json, parse_json
 from veneer.files.tensors import MAX_FILE, MAX_HEADER, dump_tensors, non_finite, parse_header, parse_tensors
-from veneer.files.translate import refuse
 
 MEMORY = 1 << 30
 """Address space of the process, in bytes; storages pass through it in pieces."""

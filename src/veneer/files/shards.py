@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from veneer.files.tensors import header_length, parse_header
 from veneer.names import did_you_mean
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+"""How the weights of transformers are named, and those of diffusers' U-Nets and transformers."""
 MAX_INDEX = 64 << 20
 BLOCK = 16 << 20
 """How many bytes are copied at a time."""
@@ -71,12 +73,14 @@ class Checkpoint:
         tensors: Name to place, in the order of the files and of the bytes within each.
         metadata: File name to what its header says besides.
         config: What `config.json` says; empty without one.
+        index: Name of the index that names the files, where there is one.
     """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any]
+    index: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,6 +90,8 @@ class Checkpoint:
 
 def read_checkpoint(folder: str | Path, *, fs: FileSystem = REAL) -> Checkpoint:
     """Read the headers of a checkpoint: of `model.safetensors`, or of the files that its index names.
+
+    diffusers' folders, whose files are called `diffusion_pytorch_model`, are read as well.
 
     Raises:
         BaseModelError: If there is none, or a file that the index names lacks what it says; every problem is listed.
@@ -99,30 +105,23 @@ def read_checkpoint(folder: str | Path, *, fs: FileSystem = REAL) -> Checkpoint:
     """
     folder = Path(folder)
     present = fs.list_folder(folder) if fs.is_folder(folder) else []
-    if INDEX in present:
-        files = _files_of_index(folder, fs)
-    elif WEIGHTS in present:
-        files = {WEIGHTS: None}
-    else:
-        raise BaseModelError(
-            f"{folder}: expected a folder with {WEIGHTS} or {INDEX}, found neither{did_you_mean(WEIGHTS, present)}"
-        )
+    index, files = _named_files(folder, present, fs)
     tensors: dict[str, StoredTensor] = {}
     metadata, problems = {}, []
     for file, promised in files.items():
         if file not in present:
-            problems.append(f"{file}: named by {INDEX}, but missing{did_you_mean(file, present)}")
+            problems.append(f"{file}: named by {index}, but missing{did_you_mean(file, present)}")
             continue
         found, metadata[file] = _read_file(folder, file, fs)
         problems += [f"{name!r}: in {file} and in {tensors[name].file}" for name in found if name in tensors]
         if promised is not None:
-            problems += [f"{name!r}: {INDEX} says it is in {file}; it is not" for name in sorted(promised - set(found))]
-            problems += [f"{name!r}: in {file}, but not named by {INDEX}" for name in found if name not in promised]
+            problems += [f"{name!r}: {index} says it is in {file}; it is not" for name in sorted(promised - set(found))]
+            problems += [f"{name!r}: in {file}, but not named by {index}" for name in found if name not in promised]
         tensors |= found
     if problems:
         raise BaseModelError(f"{folder}: its files are not what its index says", problems)
     config = _json(folder / CONFIG, fs) if CONFIG in present else {}
-    return Checkpoint(folder, MappingProxyType(tensors), MappingProxyType(metadata), MappingProxyType(config))
+    return Checkpoint(folder, MappingProxyType(tensors), MappingProxyType(metadata), MappingProxyType(config), index)
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, *, fs: FileSystem = REAL) -> Tensor:
@@ -337,14 +336,31 @@ def _header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappin
     return len(text).to_bytes(_LENGTH, "little") + text
 
 
-def _files_of_index(folder: Path, fs: FileSystem) -> dict[str, set[str] | None]:
+def _named_files(
+    folder: Path, present: Collection[str], fs: FileSystem
+) -> tuple[str | None, dict[str, set[str] | None]]:
+    """Return the name of a folder's index, if it has one, and its files of weights with what is promised in each."""
+    for stem in _STEMS:
+        if (index := f"{stem}.safetensors.index.json") in present:
+            return index, _files_of_index(folder, index, fs)
+        if (weights := f"{stem}.safetensors") in present:
+            return None, {weights: None}
+    if not present and not fs.is_folder(folder):
+        raise BaseModelError(f"{folder}: expected a folder with safetensors files, found none")
+    near = did_you_mean(WEIGHTS, present)
+    raise BaseModelError(
+        f"{folder}: expected a folder with {WEIGHTS}, {INDEX} or diffusers' {_STEMS[1]}.safetensors, found none{near}"
+    )
+
+
+def _files_of_index(folder: Path, index: str, fs: FileSystem) -> dict[str, set[str] | None]:
     """Return the files that an index names, in its order of names, with the tensors that it promises in each."""
-    held = _json(folder / INDEX, fs)
+    held = _json(folder / index, fs)
     places = held.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise BaseModelError(f"{folder / INDEX}: expected `weight_map`, from tensors to files")
+        raise BaseModelError(f"{folder / index}: expected `weight_map`, from tensors to files")
     if unsafe := sorted({file for file in places.values() if Path(file).name != file}):
-        raise BaseModelError(f"{folder / INDEX}: names files outside of the folder", unsafe)
+        raise BaseModelError(f"{folder / index}: names files outside of the folder", unsafe)
     files: dict[str, set[str] | None] = {file: set() for file in sorted(set(places.values()))}
     for name, file in places.items():
         promised = files[file]

@@ -23,6 +23,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
 from veneer.files.filesystem import REAL, Content
+from veneer.files.foreign import foreign_adapter, refuse, unfit
 from veneer.files.format import Format, Hints, Sight
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG
 from veneer.files.peft_values import number
@@ -36,14 +37,10 @@ from veneer.files.translate import (
     alpha_problem,
     at_rank,
     at_scaling,
-    foreign_adapter,
     matrix_form,
     pair_problem,
     path_problem,
     rank_problem,
-    refuse,
-    trained_unfit,
-    unfit,
 )
 from veneer.names import did_you_mean
 
@@ -167,9 +164,7 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     """
     hints = hints or Hints()
     problems = [problem] if (problem := alpha_problem(hints, _PROGRAM)) else []
-    problems += unfit(adapter, ("linear",), _PROGRAM, dora=("linear",)) + trained_unfit(adapter, _PROGRAM)
-    if adapter.config.invocation_tokens:
-        problems.append(f"{_PROGRAM} has no invocation tokens (activated LoRA)")
+    problems += unfit(adapter, ("linear",), _PROGRAM, dora=("linear",))
     names = {path: _to_theirs(path) for path in adapter.modules}
     problems += [f"{path}: no layer that {_PROGRAM} adapts" for path, name in names.items() if name is None]
     with_m = [path for path, pair in adapter.modules.items() if pair.magnitude is not None]

@@ -5,20 +5,17 @@ lora_B, which changes no delta but for one rounding.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.adapter import Adapter, AdapterMetadata, LowRank
-from veneer.config import LoRAConfig
+from veneer.adapter import LowRank
 from veneer.errors import AdapterError
 from veneer.factors import cat_ranks
 from veneer.files.format import Hints
-from veneer.files.patterns import MAX_PATH, scales_for
-from veneer.files.peft_layout import targets_of
+from veneer.files.patterns import MAX_PATH
 from veneer.files.peft_values import MAX_RANK
 from veneer.files.shards import Checkpoint
 from veneer.names import did_you_mean
@@ -33,50 +30,6 @@ GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 
 _TRANSPOSING = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D: their square matrices tell nothing by their shape."""
-
-
-def foreign_adapter(
-    modules: Mapping[str, LowRank],
-    *,
-    trained: Mapping[str, Tensor] | None = None,
-    metadata: AdapterMetadata | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Adapter:
-    """Return an adapter of modules that were read from files without PEFT's settings, with settings that fit them.
-
-    Args:
-        modules: Module path to factors.
-        trained: Parameter path to values that trained whole.
-        metadata: What it was made for.
-        settings: Further settings, such as the dropout.
-
-    Example:
-        >>> pair = LowRank(torch.zeros(2, 3), torch.zeros(3, 2), scaling=2.0)
-        >>> foreign_adapter({"layers.0.q_proj": pair}).config.alpha
-        4.0
-    """
-    layers, parameters = targets_of(modules)
-    whole = dict(trained or {})
-    biases = {path.removesuffix(".bias") for path in whole if path.endswith(".bias")}
-    rank = Counter(sorted(pair.rank for pair in modules.values())).most_common(1)[0][0]
-    values: dict[str, Any] = {
-        "rank": rank,
-        "alpha": float(rank),
-        "target_modules": tuple(layers),
-        "target_parameters": tuple(parameters),
-        "use_dora": any(pair.magnitude is not None for pair in modules.values()),
-        "bias": "none" if not biases else "lora_only" if biases <= set(modules) else "all",
-        "modules_to_save": tuple(sorted({path.rpartition(".")[0] for path in whole if not path.endswith(".bias")})),
-        **(settings or {}),
-    }
-    scales = scales_for(Adapter(modules, LoRAConfig(**values)))
-    values |= {
-        "rank": scales.rank,
-        "alpha": float(scales.alpha),
-        "rank_pattern": dict(scales.rank_pattern),
-        "alpha_pattern": {key: float(alpha) for key, alpha in scales.alpha_pattern.items()},
-    }
-    return Adapter(modules, LoRAConfig(**values), whole, metadata or AdapterMetadata())
 
 
 def at_scaling(pair: LowRank, scaling: float) -> LowRank:
@@ -161,45 +114,6 @@ def alpha_hint(hints: Hints, where: str, program: str) -> float:
     if problem := alpha_problem(hints, program):
         raise AdapterError(f"{where}: {problem}")
     return float(hints.alpha or 0.0)
-
-
-def unfit(adapter: Adapter, forms: Collection[str], program: str, *, dora: Collection[str] = ()) -> list[str]:
-    """Return a line for all that an adapter holds and a format does not carry.
-
-    Args:
-        adapter: The adapter.
-        forms: The forms of factors that the format has.
-        program: Whose format it is.
-        dora: The forms that it has with magnitudes.
-
-    Example:
-        >>> pair = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0, "transposed")
-        >>> unfit(foreign_adapter({"a": pair}), ("linear",), "mlx-lm")
-        ["a: mlx-lm has no factors of form 'transposed'"]
-    """
-    problems = [
-        f"{path}: {program} has no factors of form {pair.form!r}"
-        for path, pair in adapter.modules.items()
-        if pair.form not in forms
-    ]
-    problems += [
-        f"{path}: {program} has no magnitudes (DoRA) for form {pair.form!r}"
-        for path, pair in adapter.modules.items()
-        if pair.magnitude is not None and pair.form in forms and pair.form not in dora
-    ]
-    problems += [f"{path}: {program} has no place for rows of tokens" for path in adapter.tokens]
-    return problems
-
-
-def trained_unfit(adapter: Adapter, program: str) -> list[str]:
-    """Return a line for each parameter that trained whole, for formats that hold factors alone.
-
-    Example:
-        >>> pair = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
-        >>> trained_unfit(foreign_adapter({"a": pair}, trained={"a.bias": torch.ones(2)}), "mlx-lm")
-        ['a.bias: mlx-lm has no place for a parameter that trained whole']
-    """
-    return [f"{path}: {program} has no place for a parameter that trained whole" for path in adapter.trained]
 
 
 def path_problem(path: str) -> str | None:
@@ -332,15 +246,3 @@ def join_gate_up(gate: LowRank | None, up: LowRank | None, path: str) -> LowRank
     bottom = torch.cat([torch.zeros_like(up_B), up_B], 1)
     A, B = cat_ranks("experts", [(gate.lora_A.to(dtype), top), (up.lora_A.to(dtype), bottom)])
     return replace(gate, lora_A=A, lora_B=B)
-
-
-def refuse(where: str, what: str, problems: Iterable[str], most: int = 50) -> None:
-    """Raise an AdapterError that lists problems, if there are any; of very many, the first.
-
-    Raises:
-        AdapterError: If there are any.
-    """
-    listed = list(problems)
-    if listed:
-        more = [f"... and {len(listed) - most} more"] if len(listed) > most else []
-        raise AdapterError(f"{where}: {what}", listed[:most] + more)

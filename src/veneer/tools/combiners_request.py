@@ -200,5 +200,7 @@ def _base_problems(adapters: Sequence[Adapter], names: Sequence[str]) -> list[st
     for what, found in (("bases", known), ("tasks", tasks)):
         if len({one for one in found if one is not None}) > 1:
             told = ", ".join(f"{name}: {one}" for name, one in zip(names, found, strict=True))
-            problems.append(f"they were made for different {what}; any_base=True combines them all the same: {told}")
+            problems.append(
+                f"they were made for different {what}; any_base=True, or --any-base, combines them all the same: {told}"
+            )
     return problems

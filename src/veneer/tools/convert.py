@@ -14,7 +14,8 @@ from torch import Tensor
 from veneer.adapter import Adapter
 from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_file, commit_folder, discard
-from veneer.files.components import component_of, components_in, likely_component, paths_of, select
+from veneer.files.components import COMPONENTS, component_of, components_in, likely_component, paths_of, select
+from veneer.files.diffusers_keys import STYLES
 from veneer.files.filesystem import REAL, Content, FileSystem
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
@@ -22,6 +23,7 @@ from veneer.files.peft import save_adapter
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.shards import Checkpoint, read_tensor
 from veneer.files.translate import at_scaling
+from veneer.names import did_you_mean
 from veneer.tools.compare import Difference, compare_deltas
 from veneer.tools.merge_checkpoint_names import find_renaming
 from veneer.tools.to_lora import dora_to_lora, to_lora
@@ -108,6 +110,7 @@ def convert(
         raise AdapterError(f"{to}: is only read; formats that are written: {', '.join(writable())}")
     if rank is not None and to != TO_LORA:
         raise AdapterError(f"rank: only --to {TO_LORA} makes other factors; to change a rank, use `veneer resize`")
+    _check_hints(hints)
     _check_out(out, target, overwrite)
     origin = find_format(source) if source else recognise(path)
     if origin.is_pickle and not allow_pickle:
@@ -121,6 +124,19 @@ def convert(
     adapter = _writable(adapter, notes)
     proof = _write(adapter, target, out, hints, overwrite)
     return Converted(origin.name, target.name, out, adapter, proof, made, tuple(notes))
+
+
+def _check_hints(hints: Hints) -> None:
+    """Raise for hints that are misspelt, before any file is read."""
+    choices = {"component": COMPONENTS, "fused": ("part", "whole"), "style": STYLES}
+    given = {"component": hints.component, "fused": hints.fused, "style": hints.style}
+    problems = [
+        f"{name}: expected one of {', '.join(choices[name])}, got {value!r}{did_you_mean(value, choices[name])}"
+        for name, value in given.items()
+        if value is not None and value not in choices[name]
+    ]
+    if problems:
+        raise AdapterError("what is said of the adapter means nothing", problems)
 
 
 def writable() -> list[str]:

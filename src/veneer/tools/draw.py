@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_file
-from veneer.names import layer_index
+from veneer.names import last_name, layer_index
 from veneer.tools.summarize import ModuleSummary, Summary
 
 MAX_ROWS = 60
@@ -97,7 +97,7 @@ def _cells(modules: Sequence[ModuleSummary]) -> Cells:
     several = len(set(stacks) - {""}) > 1  # an encoder and a decoder, down and up blocks: layers of their own
     for one, stack in zip(modules, stacks, strict=True):
         layer = layer_index(one.path)
-        name = one.path.rpartition(".")[2] + (f", {stack}" if several and stack else "")
+        name = last_name(one.path) + (f", {stack}" if several and stack else "")
         cells.setdefault(name, {}).setdefault(_NO_LAYER if layer is None else layer, []).append(one)
     if len(cells) <= MAX_ROWS:
         return cells
@@ -106,9 +106,9 @@ def _cells(modules: Sequence[ModuleSummary]) -> Cells:
 
 
 def _stack(path: str) -> str:
-    """Return the name before the number of the layer; empty without one."""
+    """Return what stands before the number of the layer; empty without one."""
     parts = path.split(".")
-    return next((parts[at - 1] for at, part in enumerate(parts) if at and part.isdecimal()), "")
+    return next((".".join(parts[:at]) for at, part in enumerate(parts) if at and part.isdecimal()), "")
 
 
 def _norm(here: Sequence[ModuleSummary]) -> float:

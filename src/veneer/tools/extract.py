@@ -17,6 +17,7 @@ from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, BaseModelError, ConfigError
 from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.peft_values import MAX_RANK
 from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tensor
 from veneer.names import did_you_mean
 from veneer.ops.initialise_svd import truncated_svd
@@ -195,10 +196,10 @@ class _Choice:
 def _choice(rank: int | None, energy: float | None) -> _Choice:
     if (rank is None) == (energy is None):
         raise ConfigError("give rank or energy, one of them")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be 1 or more, got {rank}")
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"rank: expected a whole number from 1 to {MAX_RANK}, got {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy must be above 0 and at most 1, got {energy}")
+        raise ConfigError(f"energy: expected a number above 0 and at most 1, got {energy}")
     return _Choice(rank, energy)
 
 

@@ -22,7 +22,6 @@ from veneer.files.manifest import MANIFEST, FileRecord
 from veneer.files.shards import (
     CONFIG,
     DTYPES,
-    INDEX,
     MAX_INDEX,
     Checkpoint,
     Edit,
@@ -237,11 +236,10 @@ def _changed_files(job: _Job) -> dict[str, bytes]:
         config = typed_config(config, job.dtype)
     if config != job.checkpoint.config:
         changed[CONFIG] = dump_json(config)
-    path = job.checkpoint.folder / INDEX
+    named = job.checkpoint.index
     names = [*job.checkpoint.tensors, *(name for name in job.plan.works if name not in job.checkpoint.tensors)]
-    # Without it `model.safetensors` alone says all; an index of another layout is not read.
-    sharded = len(job.files) > 1 or (job.fs.exists(path) and job.files != ["model.safetensors"])
-    if sharded and (len(names) > len(job.checkpoint.tensors) or job.dtype is not None):
+    if named is not None and (len(names) > len(job.checkpoint.tensors) or job.dtype is not None):
+        path = job.checkpoint.folder / named
         index = parse_json(job.fs.read_bytes(path, MAX_INDEX), str(path), max_bytes=MAX_INDEX)
         metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
         if "total_size" in metadata:
@@ -249,7 +247,7 @@ def _changed_files(job: _Job) -> dict[str, bytes]:
         if job.plan.untied is not None and isinstance(metadata.get("total_parameters"), int):
             head = job.checkpoint.tensors[job.plan.untied.table].shape
             metadata["total_parameters"] += 0 if job.plan.untied.stored else head[0] * head[1]
-        changed[INDEX] = dump_json({**index, "metadata": metadata, "weight_map": {n: job.file_of(n) for n in names}})
+        changed[named] = dump_json({**index, "metadata": metadata, "weight_map": {n: job.file_of(n) for n in names}})
     return changed
 
 

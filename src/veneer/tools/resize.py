@@ -124,7 +124,7 @@ def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = 
 
 def _check(adapter: Adapter, rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ConfigError(f"give either a rank or an energy, got rank={rank!r} and energy={energy!r}")
+        raise ConfigError("give rank or energy, one of them")
     if rank is not None and not (type(rank) is int and 1 <= rank <= MAX_RANK):
         raise ConfigError(f"rank: expected a whole number from 1 to {MAX_RANK}, got {rank!r}")
     if energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1):

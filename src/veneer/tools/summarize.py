@@ -10,6 +10,7 @@ import torch
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
 from veneer.factors import as_matrices
+from veneer.names import last_name
 from veneer.tools.spectrum import Spectrum, spectrum
 
 
@@ -161,7 +162,7 @@ def summarize(adapter: Adapter, weight_norms: Mapping[str, float] | None = None)
     modules = tuple(_module(path, pair, spectra[path], norm, norms.get(path)) for path, pair in adapter.modules.items())
     groups: dict[tuple[Any, ...], list[ModuleSummary]] = {}
     for one in modules:
-        key = (one.path.rpartition(".")[2], one.shape, one.rank, one.scaling, one.form, one.has_magnitude)
+        key = (last_name(one.path), one.shape, one.rank, one.scaling, one.form, one.has_magnitude)
         groups.setdefault(key, []).append(one)
     return Summary(
         digest=adapter.digest,

@@ -161,7 +161,7 @@ def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
 
 
 def _dtype_of(model: PreTrainedModel) -> Literal["auto", "float32", "bfloat16", "float16"]:
-    """Return what a model computes in, as `load_base` was asked for it or chose it; `auto` for what has no name here."""
+    """Return what a model computes in, as `load_base` chose it or was asked for it; else `auto`."""
     names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
         torch.float32: "float32",
         torch.bfloat16: "bfloat16",
