@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         num_positions,
         quantise_base,
     )
-    from veneer.base.source import Source, find_source
+    from veneer.base.source import Source, base_folder, find_source, gguf_of
     from veneer.config import DataConfig, LoRAConfig, RunConfig, SamplingConfig, TrainConfig
     from veneer.data.answers import generate
     from veneer.data.encode import check_template
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.nn.plan import Plan, plan
     from veneer.scoring.evaluate import Evaluation, PreparedRows, evaluate, prepare_evaluation
     from veneer.scoring.merge_checkpoint import merge_checkpoint
+    from veneer.scoring.merge_gguf import gguf_proof
     from veneer.tools.check import Report, check, check_adapter
     from veneer.tools.check_base import weight_norms
     from veneer.tools.check_effect import Effect
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from veneer.tools.merge import merge, unmerge
     from veneer.tools.merge_checkpoint import merge_files
     from veneer.tools.merge_checkpoint_record import CheckpointMerge
+    from veneer.tools.merge_gguf import GgufExport, check_gguf, export_gguf
     from veneer.tools.merge_record import MergeRecord
     from veneer.tools.relate import Relation, relate
     from veneer.tools.resize import Resizing, resize
@@ -72,6 +74,7 @@ _HOME = {
     "Extraction": "veneer.tools.extract",
     "Finding": "veneer.files.doctor_codes",
     "Format": "veneer.files.format",
+    "GgufExport": "veneer.tools.merge_gguf",
     "Hints": "veneer.files.format",
     "LoRAConfig": "veneer.config",
     "LowRank": "veneer.adapter",
@@ -91,8 +94,10 @@ _HOME = {
     "TrainResult": "veneer.train.loop",
     "VeneerError": "veneer.errors",
     "attach": "veneer.nn.attach",
+    "base_folder": "veneer.base.source",
     "check": "veneer.tools.check",
     "check_adapter": "veneer.tools.check",
+    "check_gguf": "veneer.tools.merge_gguf",
     "check_rows": "veneer.data.rows",
     "check_storage": "veneer.base.load",
     "check_template": "veneer.data.encode",
@@ -104,11 +109,14 @@ _HOME = {
     "dora_to_lora": "veneer.tools.to_lora",
     "draw_summary": "veneer.tools.draw",
     "evaluate": "veneer.scoring.evaluate",
+    "export_gguf": "veneer.tools.merge_gguf",
     "extract": "veneer.tools.extract",
     "find_source": "veneer.base.source",
     "finetune": "veneer.train.run",
     "fingerprint": "veneer.nn.fingerprint",
     "generate": "veneer.data.answers",
+    "gguf_of": "veneer.base.source",
+    "gguf_proof": "veneer.scoring.merge_gguf",
     "list_formats": "veneer.files.formats",
     "load_adapter": "veneer.files.peft",
     "load_base": "veneer.base.load",
@@ -155,6 +163,7 @@ __all__ = [
     "Extraction",
     "Finding",
     "Format",
+    "GgufExport",
     "Hints",
     "LoRAConfig",
     "LowRank",
@@ -175,8 +184,10 @@ __all__ = [
     "VeneerError",
     "__version__",
     "attach",
+    "base_folder",
     "check",
     "check_adapter",
+    "check_gguf",
     "check_rows",
     "check_storage",
     "check_template",
@@ -188,11 +199,14 @@ __all__ = [
     "dora_to_lora",
     "draw_summary",
     "evaluate",
+    "export_gguf",
     "extract",
     "find_source",
     "finetune",
     "fingerprint",
     "generate",
+    "gguf_of",
+    "gguf_proof",
     "list_formats",
     "load_adapter",
     "load_base",

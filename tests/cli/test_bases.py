@@ -43,7 +43,7 @@ def verbs(adapter, out, base):
 
 def test_a_name_stands_for_a_folder_in_every_verb(call, adapter, tiny_base, tmp_path, monkeypatch):
     found = Source("org/tiny", str(tiny_base), is_local=True)
-    monkeypatch.setattr("veneer.find_source", lambda _: found)
+    monkeypatch.setattr("veneer.base.source.find_source", lambda _: found)
     for verb in verbs(adapter, tmp_path, "tiny"):
         assert call(*verb)[0] == 0, verb
 
@@ -53,5 +53,5 @@ def test_a_base_that_is_not_here_is_told_alike_by_every_verb(call, adapter, tmp_
     assert len(told) == 1
     code, error = told.pop()
     assert code == 2
-    assert "base 'smollm' is not on this machine" in error
+    assert "base 'smollm': this reads files" in error
     assert "smollm2" in error

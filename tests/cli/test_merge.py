@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 import typer
+from tests.files.gguf_bases import tiny as tiny_of
+from tests.files.gguf_bases import write_base
 from torch import nn
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+import veneer
 from veneer.cli import extract, merge
 from veneer.config import LoRAConfig
-from veneer.errors import BaseModelError, ConfigError, OutputError, VeneerError
+from veneer.errors import AdapterError, BaseModelError, ConfigError, OutputError, VeneerError
 from veneer.files.peft import load_adapter, save_adapter
 from veneer.nn.attach import attach, detach
 
@@ -71,7 +74,7 @@ def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
 def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
     with pytest.raises(ConfigError, match=r"--also .*: 'much' is not a number; expected DIR=WEIGHT"):
         run("merge", tiny_base, adapter, tmp_path / "out", "--also", f"{adapter}=much")
-    with pytest.raises(BaseModelError, match="is not on this machine; download it"):
+    with pytest.raises(BaseModelError, match="this reads files"):
         run("merge", "org/model", adapter, tmp_path / "out")
     with pytest.raises(ConfigError, match="--rank or --energy"):
         run("extract", tiny_base, tiny_base, "--out", tmp_path / "x")
@@ -93,3 +96,53 @@ def test_what_cannot_be_written_or_weighted_is_told_before_the_base_is_looked_fo
         run("merge", tmp_path / "no base", adapter, tmp_path)
     with pytest.raises(ConfigError, match="a weight must be a finite number"):
         run("merge", tmp_path / "no base", adapter, tmp_path / "out", "--weight", "nan")
+
+
+@pytest.fixture
+def with_gguf(tmp_path):
+    """A base, a GGUF file like it, and an adapter."""
+    model = tiny_of("llama")
+    model.save_pretrained(tmp_path / "base")
+    write_base(tiny_of("llama", seed=1), "llama", tmp_path / "like.gguf")
+    attachment = attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    for parameter in attachment.parameters().values():
+        nn.init.normal_(parameter, std=0.2)
+    save_adapter(detach(model), tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", tmp_path / "like.gguf"
+
+
+def test_a_merge_as_gguf(run, with_gguf, tmp_path):
+    base, adapter, like = with_gguf
+    out = tmp_path / "out.gguf"
+    shown = run("merge", base, adapter, tmp_path / "out", "--gguf", out, "--gguf-like", like)
+    assert "bit for bit; logits differ by" in shown
+    options = ("--gguf", tmp_path / "2.gguf", "--gguf-like", like, "--dtype", "float16", "--no-probe", "--json")
+    found = json.loads(run("merge", base, adapter, tmp_path / "2", *options))["gguf"]
+    assert (found["dtype"], found["architecture"], found["probe"]["probed"]) == ("float16", "llama", False)
+    assert out.stat().st_size > (tmp_path / "2.gguf").stat().st_size > 0
+
+
+def test_what_stands_against_gguf_is_told_before_the_merge(run, with_gguf, tiny_base, tmp_path):
+    base, adapter, like = with_gguf
+    for options, error, told in (
+        (("--gguf", tmp_path / "x.gguf"), ConfigError, "--gguf-like FILE.gguf"),
+        (("--gguf-like", like), ConfigError, "goes with --gguf"),
+        (("--gguf", tmp_path / "out" / "x.gguf", "--gguf-like", like), ConfigError, "name one beside it"),
+        (("--gguf", like, "--gguf-like", like), OutputError, "exists already"),
+        (("--gguf", tmp_path / "x.gguf", "--gguf-like", base / "config.json"), AdapterError, "begins with"),
+    ):
+        with pytest.raises(error, match=told):
+            run("merge", base, adapter, tmp_path / "out", *options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_says_what_stays(run, with_gguf, tmp_path, monkeypatch):
+    base, adapter, like = with_gguf
+
+    def full(*_, **__):
+        raise OutputError("no room")
+
+    monkeypatch.setattr(veneer, "export_gguf", full)
+    with pytest.raises(OutputError, match=r"no room; .*out was merged and stays"):
+        run("merge", base, adapter, tmp_path / "out", "--gguf", tmp_path / "x.gguf", "--gguf-like", like, "--no-probe")
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,14 +1,16 @@
 """The GGUF container: the gguf package reads what we write and the reverse, and no bytes break the reader."""
 
+from contextlib import suppress
+
 import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
-from veneer.files.gguf_container import dump_gguf, parse_gguf
+from veneer.files.gguf_container import dump_gguf, parse_gguf, read_gguf_head, read_gguf_tensor
 
 FIELDS = {"general.type": "adapter", "adapter.lora.alpha": 16.0, "tokens": (1, 2, 3)}
 
@@ -122,3 +124,30 @@ def test_tensors_that_stand_twice_or_overlap_are_refused():
 def test_a_dtype_without_a_place_is_refused():
     with pytest.raises(AdapterError, match=r"'x': torch\.int64"):
         dump_gguf({}, {"x": torch.ones(2, dtype=torch.int64)})
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 500), cutting=st.booleans())
+def test_any_changed_byte_of_a_models_file_is_read_or_a_typed_error(place, value, cut, cutting, tmp_path):
+    data = bytearray(sample())
+    if cutting:
+        data = data[:cut]
+    else:
+        data[place % len(data)] = value
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    with suppress(AdapterError):
+        head = read_gguf_head(path)
+        for name in head.tensors:
+            read_gguf_tensor(path, head, name)
+
+
+def test_head_and_tensors_of_a_models_file(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(sample())
+    head, whole = read_gguf_head(path), parse_gguf(sample(), "a")
+    assert head.fields == whole.fields
+    assert head.packed["general.type"] == b"\x08\0\0\0\x07\0\0\0\0\0\0\0adapter"
+    assert all(torch.equal(read_gguf_tensor(path, head, name), one) for name, one in whole.tensors.items())
+    with pytest.raises(AdapterError, match="holds no such tensor"):
+        read_gguf_tensor(path, head, "c")

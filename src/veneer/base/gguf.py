@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, DamagedArtefactError, MissingDependencyError
@@ -74,17 +74,42 @@ def _is_sound(target: Path, path: Path) -> bool:
         return False
 
 
-def _convert(path: Path, folder: Path) -> None:
+def load_gguf(path: Path, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Return the model of a GGUF file, in float32, without a converted copy.
+
+    Args:
+        path: The file.
+        config: What its weights are read into; None takes what transformers makes of the file's fields, which is not
+            all that they say (Gemma 2's `query_pre_attn_scalar`).
+
+    Raises:
+        BaseModelError: If transformers cannot read it: it knows fewer families than llama.cpp.
+
+    Example:
+        load_gguf(Path("models/llama.gguf")).config.model_type
+    """
     try:
         with quiet_transformers():
-            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            tokenizer = AutoTokenizer.from_pretrained(**place)
             plain = GgufConfig(dequantize=True)  # otherwise packed weights stay packed where `kernels` is installed
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
-            # What it was quantised by is history: the copy holds plain numbers.
-            model.config.__dict__.pop("quantization_config", None)
-            model.hf_quantizer = None
+            place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            given = {} if config is None else {"config": config}
+            model = AutoModelForCausalLM.from_pretrained(
+                **place, **given, dtype=torch.float32, quantization_config=plain
+            )
+    except Exception as error:  # whatever a reader of binary files may raise on a file that is none
+        raise BaseModelError(f"{path} cannot be read as a GGUF model: {error}") from error
+    # What it was quantised by is history: the copy holds plain numbers.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    return model.requires_grad_(False).eval()
+
+
+def _convert(path: Path, folder: Path) -> None:
+    model = load_gguf(path)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except Exception as error:  # whatever a reader of binary files may raise on a file that is none
+    except Exception as error:  # as above
         raise BaseModelError(f"{path} cannot be read as a GGUF model: {error}") from error

@@ -4,6 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
 from veneer.base.catalog import EMBEDDED
 from veneer.base.gguf import converted_gguf
 from veneer.errors import BaseModelError
@@ -65,3 +68,41 @@ def find_source(base: str) -> Source:
         beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BaseModelError(f"base {base!r}: no such file or directory{did_you_mean(base, [*beside, *EMBEDDED])}")
     return Source(base, base, is_local=False)
+
+
+def base_folder(base: str) -> str:
+    """Return the folder of a base whose files are to be read: for a hub id, its copy in the hub's local cache.
+
+    Nothing is downloaded: what is not on this machine is refused.
+
+    Raises:
+        BaseModelError: If it is not on this machine, or as `find_source`.
+
+    Example:
+        >>> base_folder(".")
+        '.'
+    """
+    if Path(base).is_dir():
+        return base
+    source = find_source(base)
+    if source.is_local:
+        return source.location
+    try:
+        return snapshot_download(source.location, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise BaseModelError(
+            f"base {base!r}: this reads files, and the hub's cache on this machine has none of it; download it, or"
+            f" name its folder{source.hint}"
+        ) from None
+
+
+def gguf_of(base: str) -> Path | None:
+    """Return the GGUF file that a base is converted from, or None where it is none.
+
+    Example:
+        >>> gguf_of("models/llama")
+    """
+    path = Path(base).expanduser()
+    if base in EMBEDDED:
+        return EMBEDDED[base].path()
+    return path if path.suffix == ".gguf" and path.is_file() else None

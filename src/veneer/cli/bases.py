@@ -10,27 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 import veneer
-from veneer.errors import BaseModelError
 
 if TYPE_CHECKING:
     from veneer.files.shards import Checkpoint
 
-BASE = "folder, .gguf file or smollm2"
+BASE = "folder, hub id in the cache, .gguf file or smollm2"
 """What a base may be that is read from files, for help."""
 
 
 def folder_of(base: str) -> str:
-    """Return the folder of a base's files: of a folder, a .gguf file, or an embedded model's name such as smollm2.
+    """Return the folder of a base's files, see `veneer.base_folder`; nothing is imported for one that is a folder.
 
     Raises:
         BaseModelError: If it is not on this machine.
     """
-    if Path(base).is_dir():
-        return base
-    source = veneer.find_source(base)
-    if not source.is_local:
-        raise BaseModelError(f"base {base!r} is not on this machine; download it and name its folder{source.hint}")
-    return source.location
+    return base if Path(base).is_dir() else veneer.base_folder(base)
 
 
 def checkpoint_of(base: str) -> "Checkpoint":

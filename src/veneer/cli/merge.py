@@ -9,6 +9,7 @@ import typer
 import veneer
 from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
 from veneer.cli.closeness import require_free
+from veneer.cli.gguf import GgufFile, GgufLike, gguf_facts, like_of, write_gguf
 from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size, span
 from veneer.errors import ConfigError
 from veneer.names import by_number, last_name
@@ -32,6 +33,8 @@ def merge(
         str | None, typer.Option(metavar="NAME", help="Store the weights in float32, bfloat16 or float16.")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Load what was written, and compare.")] = True,
+    gguf: GgufFile = None,
+    gguf_like: GgufLike = None,
     any_base: AnyBase = False,
     modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
     as_json: Json = False,
@@ -46,14 +49,16 @@ def merge(
     if bad := [f"{one}: {number}" for one, number in parts if not math.isfinite(number)]:
         raise ConfigError("a weight must be a finite number", bad)
     folder = folder_of(base)
+    like = like_of(base, folder, out, gguf, gguf_like)
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
             record = veneer.merge_checkpoint(folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
         else:  # without transformers
             values = [(veneer.load_adapter(one), each) for one, each in parts]
             record = veneer.merge_files(folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
+    made = None if gguf is None else write_gguf(out, like, gguf, probe=probe)
     if as_json:
-        print_json(record.to_json())
+        print_json(record.to_json() | ({} if made is None else {"gguf": made.to_json()}))
         return
     found = record.probe
     print_facts(
@@ -66,6 +71,7 @@ def merge(
             "proof": f"logits differ by {found.difference:.3g}; the adapter changes them by {found.effect:.3g}"
             if found.probed
             else f"none: {found.reason}",
+            **gguf_facts(made),
         }
     )
     if record.modules:

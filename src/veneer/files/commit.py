@@ -109,16 +109,23 @@ def commit_folder(
     return manifest
 
 
-def commit_file(target: str | Path, content: Content, *, fs: FileSystem = REAL) -> None:
+def commit_file(
+    target: str | Path, content: Content | Callable[[Path], object], *, size: int | None = None, fs: FileSystem = REAL
+) -> None:
     """Write a single file in one step, in the place of one that may be there; its folder must exist.
 
     Args:
         target: The file.
-        content: What it is to hold.
+        content: What it is to hold; or a function that writes the file that it is given, waits for the disk, and
+            raises where that is not what it should be.
+        size: How many bytes such a function writes, for what is said of a full disk.
         fs: Where it lies.
 
     Raises:
         OutputError: If the disk refuses. The target is then as it was.
+
+    Cost:
+        Other writers into the same folder wait meanwhile.
 
     Example:
         >>> import tempfile
@@ -129,13 +136,17 @@ def commit_file(target: str | Path, content: Content, *, fs: FileSystem = REAL) 
     """
     target = _absolute(target)
     temporary = _sibling(target, _TEMPORARY)
-    size = sum(len(piece) for piece in pieces_of(content))
-    with _told(target, size, fs), fs.locked(target.parent) as alone, ExitStack() as stack:
+    if not callable(content):
+        size = sum(len(piece) for piece in pieces_of(content))
+    with _told(target, size or 0, fs), fs.locked(target.parent) as alone, ExitStack() as stack:
         stack.callback(_remove_quietly, temporary, fs)
         if alone:  # the whole of it is done under this lock, so that any other one was left by a dead writer
             for stale in _leftovers(target, _TEMPORARY, fs):
                 fs.remove_tree(stale)
-        fs.write_bytes(temporary, content)
+        if callable(content):
+            content(temporary)
+        else:
+            fs.write_bytes(temporary, content)
         fs.rename(temporary, target)
         fs.fsync_folder(target.parent)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, MissingDependencyError
+from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.tensors import MAX_TENSORS
 
 MAGIC = b"GGUF"
 MAX_FIELDS = 4096
 MAX_TEXT = 1 << 20
 MAX_ITEMS = 1 << 16
+MAX_WORDS = 1 << 20
+"""Items in an array of a model's file: its vocabulary."""
+MAX_HEAD = 64 << 20
 MAX_AXES = 4
 ALIGNMENT = 32
 
@@ -50,11 +55,42 @@ class Container:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """What a GGUF file says of a tensor.
+
+    Args:
+        name: Its name.
+        shape: The slowest axis first.
+        kind: Number of its type.
+        offset: Where its values begin, from those of the first tensor.
+    """
+
     name: str
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of its values; None where they are quantised."""
+        return _PLAIN.get(self.kind)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands before the values in a GGUF file.
+
+    Args:
+        fields: Key to value, as in a `Container`.
+        packed: Key to the bytes of type and value, as they stand in the file.
+        tensors: Name to entry, in the order of the file.
+        start: Where the values of the first tensor begin.
+    """
+
+    fields: Mapping[str, Any]
+    packed: Mapping[str, bytes]
+    tensors: Mapping[str, Entry]
+    start: int
 
 
 def parse_gguf(data: bytes, where: str) -> Container:
@@ -73,9 +109,64 @@ def parse_gguf(data: bytes, where: str) -> Container:
         >>> parse_gguf(file, "a.gguf").tensors
         {'x': tensor([1., 1.])}
     """
-    cursor = _Cursor(data, where)
+    head, entries, alignment = _head(_Cursor(data, where))
+    return Container(head.fields, _tensors(entries, data, head.start, alignment, where))
+
+
+def read_gguf_head(path: str | Path, *, fs: FileSystem = REAL) -> Head:
+    """Return what stands before the values in a model's GGUF file.
+
+    Raises:
+        AdapterError: If it is malformed, or ends before the values of a tensor whose type is known here.
+
+    Cost:
+        Reads the first 64 MiB at most; the tokenizer is most of it.
+
+    Example:
+        read_gguf_head("models/llama.gguf").fields["general.architecture"]
+    """
+    path = Path(path)
+    try:
+        size = fs.size_of(path)
+        data = bytes(fs.read_range(path, 0, min(size, MAX_HEAD)))
+    except OSError as cause:
+        raise AdapterError(f"{path}: cannot be read: {cause}") from cause
+    head, entries, alignment = _head(_Cursor(data, str(path), MAX_WORDS))
+    problems = [f"{name[:80]!r}: stands twice" for name, count in _counts(entries).items() if count > 1]
+    for entry in entries:
+        length = _byte_size(entry) if entry.kind in _PLAIN else 0
+        if entry.offset % alignment or head.start + entry.offset + (length or 0) > size:
+            problems.append(f"{entry.name[:80]!r}: its values lie at {entry.offset}, which is not possible")
+    if problems:
+        raise AdapterError(f"{path}: its tensors do not fit the file", problems[:_SHOWN])
+    return head
+
+
+def read_gguf_tensor(path: Path, head: Head, name: str, *, fs: FileSystem = REAL) -> Tensor:
+    """Return one tensor of a GGUF file, in memory of its own.
+
+    Raises:
+        AdapterError: If there is none of this name, it is quantised, or it cannot be read.
+
+    Example:
+        read_gguf_tensor(path, read_gguf_head(path), "output_norm.weight")
+    """
+    entry = head.tensors.get(name)
+    if entry is None or entry.dtype is None:
+        what = "holds no such tensor" if entry is None else f"it is quantised, of type {entry.kind}"
+        raise AdapterError(f"{path}: {name!r}: {what}")
+    try:
+        raw = fs.read_range(path, head.start + entry.offset, prod(entry.shape) * entry.dtype.itemsize)
+    except OSError as cause:
+        raise AdapterError(f"{path}: {name!r} cannot be read: {cause}") from cause
+    return _plain(entry, entry.dtype, raw)
+
+
+def _head(cursor: "_Cursor") -> tuple[Head, list[Entry], int]:
+    """Return what stands before the values, the entries as they stand, and the alignment."""
+    where = cursor.where
     if cursor.take(4) != MAGIC:
-        raise AdapterError(f"{where}: expected a file that begins with {MAGIC!r}, got {data[:4]!r}")
+        raise AdapterError(f"{where}: expected a file that begins with {MAGIC!r}, got {cursor.data[:4]!r}")
     version = cursor.number("<I")
     if version not in (2, _VERSION):
         raise AdapterError(f"{where}: expected version 2 or {_VERSION} of GGUF in little-endian order, got {version}")
@@ -86,16 +177,20 @@ def parse_gguf(data: bytes, where: str) -> Container:
             f" {num_fields}"
         )
     fields: dict[str, Any] = {}
+    packed: dict[str, bytes] = {}
     for _ in range(num_fields):
         key = cursor.text()
         if key in fields:
             raise AdapterError(f"{where}: field {key[:80]!r} stands twice")
+        begin = cursor.place
         fields[key] = cursor.value(cursor.number("<I"))
+        packed[key] = cursor.data[begin : cursor.place]
     entries = [cursor.entry() for _ in range(num_tensors)]
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise AdapterError(f"{where}: expected general.alignment to be a power of two, got {str(alignment)[:80]}")
-    return Container(fields, _tensors(entries, data, -(-cursor.place // alignment) * alignment, alignment, where))
+    start = -(-cursor.place // alignment) * alignment
+    return Head(fields, packed, {entry.name: entry for entry in entries}, start), entries, alignment
 
 
 def dump_gguf(fields: Mapping[str, str | float | tuple[int, ...]], tensors: Mapping[str, Tensor]) -> bytes:
@@ -114,27 +209,69 @@ def dump_gguf(fields: Mapping[str, str | float | tuple[int, ...]], tensors: Mapp
     """
     if unknown := [f"{name!r}: {one.dtype}" for name, one in tensors.items() if one.dtype not in _NUMBERS]:
         raise AdapterError("tensors of these dtypes cannot be written to GGUF", unknown)
-    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(fields))]
-    for key, value in fields.items():
-        parts += [_packed_text(key), _packed(value)]
-    values, offset = [], 0
-    for name, tensor in tensors.items():
-        sizes = tuple(reversed(tensor.shape))
+    head = dump_gguf_head(
+        {key: _packed(value) for key, value in fields.items()},
+        {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()},
+    )
+    values = []
+    for tensor in tensors.values():
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        values += [raw, bytes(padding(len(raw)))]
+    return b"".join([head, *values])
+
+
+def dump_gguf_head(packed: Mapping[str, bytes], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    r"""Return what stands before the values in a GGUF file, up to the first of them.
+
+    The values follow in the same order, `padding` bytes behind each.
+
+    Args:
+        packed: Key to the bytes of type and value, as a `Head` has them.
+        tensors: Name to dtype and shape, the slowest axis first.
+
+    Example:
+        >>> dump_gguf_head({}, {"x": (torch.float16, (2, 3))})[24:38]
+        b'\x01\x00\x00\x00\x00\x00\x00\x00x\x02\x00\x00\x00\x03'
+    """
+    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(packed))]
+    for key, value in packed.items():
+        parts += [_packed_text(key), value]
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        sizes = tuple(reversed(shape))
         parts += [_packed_text(name), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)]
-        parts.append(struct.pack("<IQ", _NUMBERS[tensor.dtype], offset))
-        raw += bytes(-len(raw) % ALIGNMENT)
-        offset += len(raw)
-        values.append(raw)
+        parts.append(struct.pack("<IQ", _NUMBERS[dtype], offset))
+        size = prod(shape) * dtype.itemsize
+        offset += size + padding(size)
     head = b"".join(parts)
-    return b"".join([head, bytes(-len(head) % ALIGNMENT), *values])
+    return head + bytes(padding(len(head)))
+
+
+def padding(size: int) -> int:
+    """Return how many bytes stand behind so many, so that what follows is aligned.
+
+    Example:
+        >>> padding(30), padding(32)
+        (2, 0)
+    """
+    return -size % ALIGNMENT
+
+
+def packed_count(value: int) -> bytes:
+    r"""Return type and value of a whole number, as uint32.
+
+    Example:
+        >>> packed_count(1)
+        b'\x04\x00\x00\x00\x01\x00\x00\x00'
+    """
+    return struct.pack("<II", _UINT32, value)
 
 
 class _Cursor:
     """A place in the bytes of a file, which moves as it is read, and never past the end."""
 
-    def __init__(self, data: bytes, where: str) -> None:
-        self.data, self.where, self.place = data, where, 0
+    def __init__(self, data: bytes, where: str, max_items: int = MAX_ITEMS) -> None:
+        self.data, self.where, self.place, self.max_items = data, where, 0, max_items
 
     def take(self, count: int) -> bytes:
         """Return the next bytes."""
@@ -168,23 +305,23 @@ class _Cursor:
         if kind != _ARRAY:
             raise AdapterError(f"{self.where}: a field of type {kind}, which GGUF has not")
         inner, length = self.number("<I"), self.number("<Q")
-        if length > MAX_ITEMS or inner == _ARRAY:
-            raise AdapterError(f"{self.where}: expected an array of at most {MAX_ITEMS} plain items, got {length}")
+        if length > self.max_items or inner == _ARRAY:
+            raise AdapterError(f"{self.where}: expected an array of at most {self.max_items} plain items, got {length}")
         return tuple(self.value(inner) for _ in range(length))
 
-    def entry(self) -> _Entry:
+    def entry(self) -> Entry:
         """Return the next tensor's entry."""
         name, axes = self.text(), self.number("<I")
         if axes > MAX_AXES:
             raise AdapterError(f"{self.where}: {name[:80]!r} has {axes} axes; GGUF has at most {MAX_AXES}")
         sizes = [self.number("<Q") for _ in range(axes)]
-        return _Entry(name, tuple(reversed(sizes)), self.number("<I"), self.number("<Q"))
+        return Entry(name, tuple(reversed(sizes)), self.number("<I"), self.number("<Q"))
 
 
-def _tensors(entries: list[_Entry], data: bytes, start: int, alignment: int, where: str) -> dict[str, Tensor]:
+def _tensors(entries: list[Entry], data: bytes, start: int, alignment: int, where: str) -> dict[str, Tensor]:
     """Return the tensors of a file whose entries cover it: no holes but for the alignment, no overlaps."""
     problems = []
-    ranges: list[tuple[int, int, _Entry]] = []
+    ranges: list[tuple[int, int, Entry]] = []
     for entry in entries:
         size = _byte_size(entry)
         if size is None or entry.offset % alignment:
@@ -192,8 +329,7 @@ def _tensors(entries: list[_Entry], data: bytes, start: int, alignment: int, whe
             problems.append(f"{entry.name[:80]!r}: {what} is not possible")
             continue
         ranges.append((entry.offset, size, entry))
-    counts = Counter(entry.name for entry in entries)
-    problems += [f"{name[:80]!r}: stands twice" for name, count in sorted(counts.items()) if count > 1]
+    problems += [f"{name[:80]!r}: stands twice" for name, count in _counts(entries).items() if count > 1]
     reached = 0
     for offset, size, entry in sorted(ranges, key=lambda one: one[:2]):
         if not problems and offset != -(-reached // alignment) * alignment:
@@ -207,7 +343,11 @@ def _tensors(entries: list[_Entry], data: bytes, start: int, alignment: int, whe
     return {entry.name: _values(entry, data[start + offset : start + offset + size]) for offset, size, entry in ranges}
 
 
-def _byte_size(entry: _Entry) -> int | None:
+def _counts(entries: list[Entry]) -> dict[str, int]:
+    return dict(sorted(Counter(entry.name for entry in entries).items()))
+
+
+def _byte_size(entry: Entry) -> int | None:
     """Return how many bytes a tensor takes, or None if it cannot be."""
     if entry.kind in _PLAIN:
         return prod(entry.shape) * _PLAIN[entry.kind].itemsize
@@ -217,11 +357,9 @@ def _byte_size(entry: _Entry) -> int | None:
     return prod(entry.shape) // block[0] * block[1]
 
 
-def _values(entry: _Entry, raw: bytes) -> Tensor:
-    if entry.kind in _PLAIN:
-        if not raw:
-            return torch.empty(entry.shape, dtype=_PLAIN[entry.kind])
-        return torch.frombuffer(bytearray(raw), dtype=_PLAIN[entry.kind]).reshape(entry.shape)
+def _values(entry: Entry, raw: bytes) -> Tensor:
+    if entry.dtype is not None:
+        return _plain(entry, entry.dtype, bytearray(raw))
     gguf = gguf_package()
     blocks = np.frombuffer(raw, np.uint8).reshape(*entry.shape[:-1], -1)
     try:
@@ -230,6 +368,10 @@ def _values(entry: _Entry, raw: bytes) -> Tensor:
         kind = gguf.GGMLQuantizationType(entry.kind).name
         raise AdapterError(f"{entry.name!r}: quantised as {kind}, which the gguf package cannot undo") from None
     return torch.from_numpy(np.array(values, np.float32)).reshape(entry.shape)
+
+
+def _plain(entry: Entry, dtype: torch.dtype, raw: bytearray) -> Tensor:
+    return torch.frombuffer(raw, dtype=dtype).reshape(entry.shape) if raw else torch.empty(entry.shape, dtype=dtype)
 
 
 def _quantised_block(kind: int) -> tuple[int, int] | None:

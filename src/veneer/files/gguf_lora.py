@@ -64,18 +64,26 @@ class Family:
         architecture: Its name for it, of `gguf.MODEL_ARCH_NAMES`.
         pairs: Whether the rows of queries and keys are put in pairs.
         root: What the paths of modules begin with, where a checkpoint's names may lack it.
+        norm_shift: What is added to the weights of norms.
+        transposed: Layers whose weights lie the other way round, as transformers' Conv1D has them.
+        ties: Whether a configuration that says nothing about it ties head and table.
+        has_head: Whether it takes a head beside the table.
     """
 
     architecture: str
     pairs: bool = False
     root: str = ""
+    norm_shift: float = 0.0
+    transposed: tuple[str, ...] = ()
+    ties: bool = False
+    has_head: bool = True
 
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", pairs=True),
     "mistral": Family("llama", pairs=True),
     "mixtral": Family("llama", pairs=True),
-    "smollm3": Family("smollm3", pairs=True),
+    "smollm3": Family("smollm3", pairs=True, ties=True),
     "granite": Family("granite", pairs=True),
     "arcee": Family("arcee", pairs=True),
     "olmo2": Family("olmo2"),
@@ -84,11 +92,11 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family("qwen2moe"),
     "qwen3": Family("qwen3"),
     "qwen3_moe": Family("qwen3moe"),
-    "gemma": Family("gemma"),
-    "gemma2": Family("gemma2"),
-    "gemma3_text": Family("gemma3"),
+    "gemma": Family("gemma", norm_shift=1.0, ties=True, has_head=False),
+    "gemma2": Family("gemma2", norm_shift=1.0, ties=True, has_head=False),
+    "gemma3_text": Family("gemma3", norm_shift=1.0, ties=True),
     "phi3": Family("phi3"),
-    "gpt2": Family("gpt2", root="transformer."),
+    "gpt2": Family("gpt2", root="transformer.", transposed=("c_attn", "c_proj", "c_fc"), ties=True),
 }
 """Families by transformers' `model_type`, proved by the logits of llama.cpp itself (tests/parity/test_gguf_lora.py);
 gemma3_text alone is taken from its converter's source."""
@@ -198,13 +206,25 @@ def _family(hints: Hints | None, where: str) -> tuple[Checkpoint, Family]:
     base = hints.base if hints is not None else None
     if base is None:
         raise AdapterError(f"{where}: GGUF's names and the order of its rows depend on the base; give it: --base")
+    return base, family_of(base)
+
+
+def family_of(base: Checkpoint) -> Family:
+    """Return how llama.cpp has the family of a base.
+
+    Raises:
+        AdapterError: If that is not known.
+
+    Example:
+        family_of(read_checkpoint("models/llama")).architecture
+    """
     kind = str(base.config.get("model_type"))
     if kind not in FAMILIES:
         raise AdapterError(
             f"{base.folder}: expected a model_type of which it is known how {_PROGRAM} has it, one of"
             f" {', '.join(sorted(FAMILIES))}; got {kind[:80]!r}{did_you_mean(kind, FAMILIES)}"
         )
-    return base, FAMILIES[kind]
+    return FAMILIES[kind]
 
 
 def _settings(fields: Mapping[str, Any], family: Family, where: str) -> tuple[float, tuple[int, ...]]:
@@ -223,8 +243,16 @@ def _settings(fields: Mapping[str, Any], family: Family, where: str) -> tuple[fl
     return alpha, tokens
 
 
-def _map(base: Checkpoint, family: Family) -> Any:
-    """Return gguf's map from transformers' names to its own."""
+def name_map(base: Checkpoint, family: Family) -> Any:
+    """Return gguf's map from transformers' names to its own, for the layers that a base has.
+
+    Raises:
+        AdapterError: If its configuration does not say how many there are.
+        MissingDependencyError: If the `gguf` package is not installed.
+
+    Example:
+        name_map(base, family_of(base)).get_name("lm_head.weight", (".weight",))
+    """
     gguf = gguf_package()
     architecture = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     return gguf.get_tensor_name_map(architecture, _num_blocks(base))
@@ -239,7 +267,7 @@ def _num_blocks(base: Checkpoint) -> int:
 
 def _names_for(modules: Mapping[str, LowRank], base: Checkpoint, family: Family) -> tuple[dict[str, str], list[str]]:
     """Return GGUF's name of each module's weight, and the modules that have none or do not fit the base."""
-    known, names, problems = _map(base, family), {}, []
+    known, names, problems = name_map(base, family), {}, []
     tied = bool(base.config.get("tie_word_embeddings")) or f"{_HEAD}.weight" not in base.tensors
     for path, pair in modules.items():
         name = known.get_name(f"{path}.weight", (".weight",))
@@ -263,7 +291,7 @@ def _names_for(modules: Mapping[str, LowRank], base: Checkpoint, family: Family)
 
 def _names_back(base: Checkpoint, family: Family) -> dict[str, str]:
     """Return the module of each of GGUF's names that the base has, experts' stacks included."""
-    known = _map(base, family)
+    known = name_map(base, family)
     paths = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     paths = [path if path.startswith(family.root) else f"{family.root}{path}" for path in paths]
     found = {}

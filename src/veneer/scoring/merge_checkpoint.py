@@ -27,7 +27,7 @@ from veneer.tools.merge_record import ProbeResult
 
 Part = str | Path | Adapter
 
-_SPARE = 1.5
+SPARE = 1.5
 """Memory that must be free for a proof, as a multiple of a model's float32 weights."""
 
 
@@ -104,7 +104,7 @@ def begin_proof(
     checkpoint = read_checkpoint(base)
     size = sum(place.size // DTYPES[place.dtype].itemsize * 4 for place in checkpoint.tensors.values())
     free = available_bytes()
-    if size * _SPARE > free:
+    if size * SPARE > free:
         return None, f"the model takes {size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free"
     try:
         model = load_model(Source(str(base), str(base), is_local=True), dtype=torch.float32)
