@@ -26,7 +26,7 @@ def test_a_hub_id_is_its_folder_in_the_cache(cache, tiny_base):
 
 @pytest.mark.parametrize("name", ["org/model", "model", "a--b/model", "org/model.git"])
 def test_what_is_not_in_the_cache_is_refused(cache, name):
-    with pytest.raises(BaseModelError, match="is not on this machine; download it"):
+    with pytest.raises(BaseModelError, match="this reads files, and the hub's cache on this machine has none of it"):
         base_folder(name)
 
 

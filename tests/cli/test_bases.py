@@ -67,5 +67,5 @@ def test_a_base_that_is_not_here_is_told_alike_by_every_verb(call, adapter, tmp_
     assert len(told) == 1
     code, error = told.pop()
     assert code == 2
-    assert "base 'smollm' is not on this machine" in error
+    assert "base 'smollm': this reads files" in error
     assert "smollm2" in error

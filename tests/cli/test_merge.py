@@ -74,7 +74,7 @@ def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
 def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
     with pytest.raises(ConfigError, match=r"--also .*: 'much' is not a number; expected DIR=WEIGHT"):
         run("merge", tiny_base, adapter, tmp_path / "out", "--also", f"{adapter}=much")
-    with pytest.raises(BaseModelError, match="is not on this machine; download it"):
+    with pytest.raises(BaseModelError, match="this reads files"):
         run("merge", "org/model", adapter, tmp_path / "out")
     with pytest.raises(ConfigError, match="--rank or --energy"):
         run("extract", tiny_base, tiny_base, "--out", tmp_path / "x")

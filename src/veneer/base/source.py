@@ -91,7 +91,8 @@ def base_folder(base: str) -> str:
         return snapshot_download(source.location, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         raise BaseModelError(
-            f"base {base!r} is not on this machine; download it and name its folder{source.hint}"
+            f"base {base!r}: this reads files, and the hub's cache on this machine has none of it; download it, or"
+            f" name its folder{source.hint}"
         ) from None
 
 

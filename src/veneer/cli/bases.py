@@ -14,7 +14,7 @@ import veneer
 if TYPE_CHECKING:
     from veneer.files.shards import Checkpoint
 
-BASE = "folder, .gguf file, smollm2, or hub id in the local cache"
+BASE = "folder, hub id in the cache, .gguf file or smollm2"
 """What a base may be that is read from files, for help."""
 
 
