@@ -237,7 +237,7 @@ def test_the_base_has_the_last_word_on_shapes(tmp_path):
 
 
 def test_folders_that_hold_no_adapter_are_refused(tmp_path):
-    assert "found none" in refusal(tmp_path / "nowhere")
+    assert "found nothing" in refusal(tmp_path / "nowhere")
     assert "adapter_config.json: missing" in refusal(tmp_path)
     saved(LINEAR["loha"], tmp_path)
     changed(tmp_path, without=list(parse_tensors((tmp_path / TENSORS).read_bytes(), "test")))
