@@ -19,20 +19,6 @@ HEAVY = ("torch", "transformers", "matplotlib", "numpy", "yaml", "veneer.config"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["veneer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
-
-
-@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]

@@ -9,23 +9,8 @@ import pytest
 from tests.tools.algebra import adapter_of, pair_of
 
 import veneer
-from veneer.cli import main as cli
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "adapters"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["veneer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
 
 
 @pytest.fixture

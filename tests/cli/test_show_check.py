@@ -5,31 +5,15 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from tests.files.hostile import write_variants
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
-from veneer.cli import main as cli
 from veneer.config import LoRAConfig
 from veneer.files.doctor_codes import CODES
 from veneer.files.peft import save_adapter
 
 Q = "model.layers.{}.self_attn.{}_proj"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["veneer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
 
 
 def save(folder, seed=0, *, zero=False, names="qv", base="org/model"):

@@ -166,14 +166,7 @@ def settings_for(
     positive = {
         path: pair if pair.scaling > 0 else replace(pair, scaling=1.0) for path, pair in modules.items()
     }  # a sign or a zero is folded into lora_B where it is written
-    scales = scales_for(Adapter(positive, config))
-    numbers = {
-        "rank": scales.rank,
-        "alpha": scales.alpha,
-        "rank_pattern": dict(scales.rank_pattern),
-        "alpha_pattern": dict(scales.alpha_pattern),
-    }
-    return config.model_copy(update=numbers)
+    return scales_for(Adapter(positive, config)).within(config)
 
 
 def foreign_adapter(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from veneer.adapter import Adapter, LowRank
+from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
 from veneer.files.peft_layout import owner_of
 
@@ -42,6 +43,11 @@ class Scales:
     alpha: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+
+    def within(self, config: LoRAConfig) -> LoRAConfig:
+        """Return a configuration with these numbers in the place of its own."""
+        patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
+        return config.model_copy(update={"rank": self.rank, "alpha": self.alpha, **patterns})
 
 
 def pattern_problem(pattern: str) -> str | None:

@@ -185,14 +185,8 @@ def scaled_config(config: LoRAConfig, modules: Mapping[str, LowRank]) -> LoRACon
     if not modules:
         return config
     common = Counter(sorted(pair.rank for pair in modules.values())).most_common(1)[0][0]
-    scales = scales_for(Adapter(modules, config.model_copy(update={"rank": common, "alpha": float(common)})))
-    numbers = {
-        "rank": scales.rank,
-        "alpha": scales.alpha,
-        "rank_pattern": dict(scales.rank_pattern),
-        "alpha_pattern": dict(scales.alpha_pattern),
-    }
-    return config.model_copy(update=numbers)
+    plain = config.model_copy(update={"rank": common, "alpha": float(common)})
+    return scales_for(Adapter(modules, plain)).within(config)
 
 
 def plain_config(config: LoRAConfig) -> LoRAConfig:
