@@ -124,6 +124,16 @@ def test_the_record_lies_beside_the_weights_and_the_manifest_vouches_for_all(sha
     assert json.loads((tmp_path / "out" / RECORD).read_text()) == json.loads(json.dumps(record.to_json()))
 
 
+def test_a_folder_whose_manifest_would_not_know_it_takes_no_merge(sharded, tmp_path):
+    """What was merged, or converted, is a base of its own: a second merge into it would damage it."""
+    model, base = sharded()
+    adapter = made(model, LoRAConfig(rank=2))
+    merge_files(base, [(adapter, 1.0)], base / "first")
+    with pytest.raises(OutputError, match="lies in the base's own folder"):
+        merge_files(base / "first", [(adapter, 1.0)], base / "first" / "second")
+    assert verify_folder(base / "first") is not None
+
+
 def test_several_adapters_are_added_exactly_before_one_rounding(sharded, tmp_path):
     model, base = sharded()
     parts = [(made(model, LoRAConfig(rank=rank, alpha=4, target_modules=["q_proj"]), rank), w) for rank, w in

@@ -102,6 +102,7 @@ def merge_files(
     checkpoint, adapter = read_checkpoint(base, fs=fs), sum_adapters(parts)
     beside = fs.list_files(base)  # before the new folder is made, which may lie inside
     job = _Job(checkpoint, make_plan(checkpoint, adapter, any_base=any_base), kind, beside, fs, on_bytes)
+    _check_place(job, Path(out))
     _check_room(job, Path(out))
     record: CheckpointMerge | None = None
 
@@ -249,6 +250,15 @@ def _changed_files(job: _Job) -> dict[str, bytes]:
             metadata["total_parameters"] += 0 if job.plan.untied.stored else head[0] * head[1]
         changed[named] = dump_json({**index, "metadata": metadata, "weight_map": {n: job.file_of(n) for n in names}})
     return changed
+
+
+def _check_place(job: _Job, out: Path) -> None:
+    """Raise where the new folder would lie in one whose manifest does not know it, such as a converted base's."""
+    base = job.checkpoint.folder.resolve()
+    if out.resolve().is_relative_to(base) and job.fs.exists(base / MANIFEST):
+        raise OutputError(
+            f"{out}: lies in the base's own folder, whose {MANIFEST} would not vouch for it; choose another"
+        )
 
 
 def _check_room(job: _Job, out: Path) -> None:
