@@ -67,6 +67,11 @@ def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
     assert [weight for _, weight in found["adapters"]] == [2.0, -0.5]
     assert found["dtype"] == "bfloat16"
     assert found["probe"]["probed"] is False
+    shown = run("merge", tiny_base, adapter, tmp_path / "plain", "--no-probe")
+    assert "copied bit for bit" in shown
+    shown = run("merge", tiny_base, adapter, tmp_path / "rounded", "--no-probe", "--dtype", "bfloat16")
+    assert "others stored in bfloat16" in shown
+    assert "copied" not in shown
     found = json.loads(run("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "x", "--energy", 0.9, "--json"))
     assert found["modules"]
 

@@ -65,7 +65,7 @@ def merge(
         {
             "merged into": out,
             "weights": ", ".join(f"{name} {size(one.bytes)}" for name, one in record.outputs.items()),
-            "changed": f"{len(record.modules) + len(record.trained)} tensors, {record.untouched} copied bit for bit",
+            "changed": f"{len(record.modules) + len(record.trained)} tensors, {record.untouched} {_others(record.dtype)}",
             **({"untied": ", ".join(record.untied)} if record.untied else {}),
             **({"left out": ", ".join(record.left_out)} if record.left_out else {}),
             "proof": f"logits differ by {found.difference:.3g}; the adapter changes them by {found.effect:.3g}"
@@ -114,6 +114,11 @@ def _target_rows(modules: "Sequence[MergedModule]") -> list[dict[str, Any]]:
 
 def _stored(one: "MergedModule") -> str:
     return one.became if one.stored == one.became else f"{one.stored} → {one.became}"
+
+
+def _others(dtype: str | None) -> str:
+    """Return what became of the tensors that no adapter changed."""
+    return "copied bit for bit" if dtype is None else f"others stored in {dtype}"
 
 
 def _weighted(text: str) -> tuple[str, float]:
