@@ -65,7 +65,7 @@ def merge(
         {
             "merged into": out,
             "weights": ", ".join(f"{name} {size(one.bytes)}" for name, one in record.outputs.items()),
-            "changed": f"{len(record.modules) + len(record.trained)} tensors, {record.untouched} {_others(record.dtype)}",
+            "changed": f"{len(record.modules) + len(record.trained)} tensors, {record.untouched} {_rest(record.dtype)}",
             **({"untied": ", ".join(record.untied)} if record.untied else {}),
             **({"left out": ", ".join(record.left_out)} if record.left_out else {}),
             "proof": f"logits differ by {found.difference:.3g}; the adapter changes them by {found.effect:.3g}"
@@ -116,7 +116,7 @@ def _stored(one: "MergedModule") -> str:
     return one.became if one.stored == one.became else f"{one.stored} → {one.became}"
 
 
-def _others(dtype: str | None) -> str:
+def _rest(dtype: str | None) -> str:
     """Return what became of the tensors that no adapter changed."""
     return "copied bit for bit" if dtype is None else f"others stored in {dtype}"
 
