@@ -379,10 +379,11 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
-def test_a_folder_is_committed_where_threads_find_no_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("said", [MemoryError(), ValueError("no reason supplied")])
+def test_a_folder_is_committed_where_threads_find_no_memory(tmp_path, monkeypatch, said):
     def hashed(content):
         if threading.current_thread() is not threading.main_thread():
-            raise MemoryError
+            raise said
         return original(content)
 
     original = commit.record_content

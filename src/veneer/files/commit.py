@@ -264,9 +264,12 @@ def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem)
 
 
 def _hashed(content: Content, pending: Future[FileRecord] | None) -> FileRecord:
-    """Return the hash that a thread made; a thread whose own heap found no room is done without."""
+    """Return the hash that a thread made; a thread whose own heap found no room is done without.
+
+    It may say so in many words (OpenSSL: "no reason supplied"). Whatever else is wrong comes up again here.
+    """
     if pending is not None:
-        with suppress(MemoryError):
+        with suppress(Exception):
             return pending.result()
     return record_content(content)
 
