@@ -45,6 +45,17 @@ class VeneerError(Exception):
         return type(self), (self.message, self.problems)
 
 
+def shortened(problems: Sequence[str], most: int) -> list[str]:
+    """Return the first problems, and a line that counts the others: a file of millions is told in a page.
+
+    Example:
+        >>> shortened(["a", "b", "c"], 2), shortened(["a"], 2)
+        (['a', 'b', '... and 1 more'], ['a'])
+    """
+    left = len(problems) - most
+    return [*problems[:most], *([f"... and {left} more"] if left > 0 else [])]
+
+
 class ConfigError(VeneerError, ValueError):
     """A setting is unknown, of the wrong type or out of range."""
 

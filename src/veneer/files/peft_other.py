@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veneer.adapter import AdapterMetadata
 from veneer.config import LoRAConfig
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, shortened
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.peft_adalora import ADALORA
 from veneer.files.peft_folder import CONFIG, MAX_CONFIG, PREFIX, TENSORS, read_folder
@@ -110,8 +110,7 @@ def read_other(
         problems.append(f"no tensor of {method.name} is there: expected {', '.join(method.tensors)} behind a path")
     modules = read_modules(method, Raw(found, shared, settings, shapes, problems))
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", problems[:_SHOWN] + more)
+        raise AdapterError(f"{place}: its tensors are not what {CONFIG} says", shortened(problems, _SHOWN))
     weights = tuple((path, sample_digest(tensors[key])) for path, key in sorted(whole.base_weights.items()))
     return OtherAdapter(
         method=name.lower(),

@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-from veneer.errors import AdapterError, VeneerError
+from veneer.errors import AdapterError, VeneerError, shortened
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -57,8 +57,7 @@ def parse_json(
         raise error(f"{where}: nested deeper than {max_depth} levels") from None
     problems += _walk(value, max_depth)
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise error(f"{where}: JSON that cannot be trusted to mean one thing", problems[:_SHOWN] + more)
+        raise error(f"{where}: JSON that cannot be trusted to mean one thing", shortened(problems, _SHOWN))
     return value
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, shortened
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.strict_json import parse_json
 from veneer.names import did_you_mean
@@ -200,8 +200,7 @@ def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
 
 def _refuse(where: str, message: str, problems: list[str]) -> None:
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise AdapterError(f"{where}: {message}", problems[:_SHOWN] + more)
+        raise AdapterError(f"{where}: {message}", shortened(problems, _SHOWN))
 
 
 def _read_header(data: bytes, where: str, size: int) -> tuple[dict[str, Any], int]:

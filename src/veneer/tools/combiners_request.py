@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.adapter import Adapter
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, shortened
 from veneer.files.patterns import pattern_problem
 from veneer.files.peft_values import MAX_RANK
 from veneer.names import did_you_mean, pattern_matches, value_for
@@ -104,8 +104,7 @@ def read_request(
         raise ConfigError("this combination cannot be made", problems)
     unfit = _unfit(adapters, names, any_base)
     if unfit:
-        more_lines = [f"... and {len(unfit) - _SHOWN} more"] if len(unfit) > _SHOWN else []
-        raise AdapterError("these adapters cannot be combined", unfit[:_SHOWN] + more_lines)
+        raise AdapterError("these adapters cannot be combined", shortened(unfit, _SHOWN))
     rule = RULES.get(method)
     even = 1.0 if rule is not None and rule.averages else 1.0 / count
     density = options.get("density", rule.density if rule is not None else 1.0)

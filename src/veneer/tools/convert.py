@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from veneer.adapter import Adapter
-from veneer.errors import AdapterError, OutputError
+from veneer.errors import AdapterError, OutputError, shortened
 from veneer.files.commit import commit_file, commit_folder, discard
 from veneer.files.components import COMPONENTS, component_of, components_in, likely_component, paths_of, select
 from veneer.files.diffusers_keys import STYLES
@@ -239,11 +239,10 @@ def _write(adapter: Adapter, target: Format, out: Path, hints: Hints, overwrite:
         *proof.problems,
         *(f"{path}: {error:.2e}" for path, error in proof.errors.items() if error > LIMIT),
     ]:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise AdapterError(
             f"{target.name}: the files would not do what the adapter does (relative errors above {LIMIT:g}, or more);"
             " nothing was written",
-            problems[:_SHOWN] + more,
+            shortened(problems, _SHOWN),
         )
     if target.name == "peft":
         save_adapter(adapter, out, replace=overwrite)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.config import LoRAConfig
-from veneer.errors import AdapterError, BaseModelError, ConfigError
+from veneer.errors import AdapterError, BaseModelError, ConfigError, shortened
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.peft_values import MAX_RANK
 from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tensor
@@ -222,8 +222,7 @@ def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
         if name in second.tensors and second.tensors[name].shape != place.shape
     ]
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise BaseModelError("these are no two states of one model; a LoRA cannot say that", problems[:20] + more)
+        raise BaseModelError("these are no two states of one model; a LoRA cannot say that", shortened(problems, 20))
 
 
 def _are_turned(checkpoint: Checkpoint) -> bool:
