@@ -11,7 +11,6 @@ from veneer.files.filesystem import REAL
 from veneer.files.manifest import FileRecord
 from veneer.files.shards import (
     CONFIG,
-    DTYPES,
     INDEX,
     WEIGHTS,
     Edit,
@@ -21,7 +20,7 @@ from veneer.files.shards import (
     read_tensor,
     write_shard,
 )
-from veneer.files.tensors import dump_tensors
+from veneer.files.tensors import DTYPES, dump_tensors
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from veneer.errors import AdapterError, BaseModelError
 from veneer.files.gguf_container import Head, packed_count
 from veneer.files.gguf_lora import Family, family_of, name_map
 from veneer.files.rotary import Heads, heads_of, is_rotated, to_halves, to_pairs
-from veneer.files.shards import DTYPES, Checkpoint
+from veneer.files.shards import Checkpoint
+from veneer.files.tensors import DTYPES
 from veneer.files.translate import DOWN, GATE, GATE_UP, UP
 from veneer.names import did_you_mean
 

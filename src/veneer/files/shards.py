@@ -1,8 +1,6 @@
 """A checkpoint's safetensors files, read and written tensor by tensor: nothing is held but what is asked for."""
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from veneer.errors import BaseModelError
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import FileRecord
 from veneer.files.strict_json import parse_json
-from veneer.files.tensors import header_length, parse_header
+from veneer.files.tensors import DTYPE_NAMES, DTYPES, dump_header, header_length, parse_header
 from veneer.names import did_you_mean
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -34,15 +32,6 @@ OnBytes = Callable[[int], None]
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""Torch's dtype for each of the format's names."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The format's name for each of torch's dtypes."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +217,7 @@ def write_shard(
         header, order = bytes(fs.read_range(checkpoint.folder / file, 0, start)), list(inside)
     else:
         order = sorted(entries, key=lambda name: -DTYPES[entries[name][0]].itemsize)
-        header = _header({name: entries[name] for name in order}, checkpoint.metadata.get(file, {}))
+        header = dump_header({name: entries[name] for name in order}, checkpoint.metadata.get(file, {}))
     parts = [part for name in order for part in _parts(checkpoint, name, edits.get(name))]
     with ThreadPoolExecutor(1) as reading:
         read = _one_ahead(reading, parts, lambda part: _read(checkpoint.folder, part, fs))
@@ -322,18 +311,6 @@ def _one_ahead(
         waiting = following
     if waiting is not None:
         yield waiting[0], waiting[1].result()
-
-
-def _header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return the first bytes of a safetensors file whose tensors stand in this order."""
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    stop = 0
-    for name, (dtype, shape) in entries.items():
-        start, stop = stop, stop + DTYPES[dtype].itemsize * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)
-    return len(text).to_bytes(_LENGTH, "little") + text
 
 
 def _named_files(

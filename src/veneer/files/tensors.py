@@ -27,16 +27,16 @@ MAX_DIMS = 16
 _SHOWN = 50
 _LENGTH = 8
 _METADATA = "__metadata__"
-_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
-    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
-}  # fmt: skip
-_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+"""Torch's dtype for each of the format's names."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The format's name for each of torch's dtypes."""
+_ORDER = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+_RANKS = {DTYPES[name]: rank for rank, name in enumerate(_ORDER)}
 """Tensors stand by dtype, the widest first, as safetensors orders them."""
 
 
@@ -183,19 +183,34 @@ def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
         >>> [len(piece) for piece in tensor_pieces({"x": torch.ones(2)})]
         [96, 8]
     """
-    if unknown := [f"{name!r}: {one.dtype}" for name, one in tensors.items() if one.dtype not in _NAMES]:
+    if unknown := [f"{name!r}: {one.dtype}" for name, one in tensors.items() if one.dtype not in DTYPE_NAMES]:
         raise AdapterError("tensors of these dtypes cannot be written", unknown)
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
-    header: dict[str, Any] = {_METADATA: {"format": "pt"} | dict(sorted((metadata or {}).items()))}
-    pieces, stop = [], 0
-    for name in order:
-        tensor = tensors[name].detach().cpu().contiguous()
-        start, stop = stop, stop + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    held = [tensors[name].detach().cpu().contiguous() for name in order]
+    entries = {name: (DTYPE_NAMES[one.dtype], tuple(one.shape)) for name, one in zip(order, held, strict=True)}
+    header = dump_header(entries, {"format": "pt"} | dict(sorted((metadata or {}).items())))
+    return [header, *(one.reshape(-1).view(torch.uint8).numpy().data for one in held)]
+
+
+def dump_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the first bytes of a safetensors file whose tensors stand in this order.
+
+    Args:
+        entries: Name to dtype, in the format's words, and shape.
+        metadata: What the header says besides.
+
+    Example:
+        >>> dump_header({"x": ("F32", (2,))}, {})[8:].decode()
+        '{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  '
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    stop = 0
+    for name, (dtype, shape) in entries.items():
+        start, stop = stop, stop + DTYPES[dtype].itemsize * prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)
-    return [len(text).to_bytes(_LENGTH, "little") + text, *pieces]
+    return len(text).to_bytes(_LENGTH, "little") + text
 
 
 def _refuse(where: str, message: str, problems: list[str]) -> None:
@@ -244,14 +259,14 @@ def _entry_problem(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "expected an object of dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES:
-        near = did_you_mean(dtype, _BYTES) if isinstance(dtype, str) else ""
-        return f"dtype {dtype!r} is not supported; expected one of {', '.join(_BYTES)}{near}"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        near = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
+        return f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}{near}"
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         return f"shape must be a list of at most {MAX_DIMS} sizes, got {str(shape)[:80]}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets must be [begin, end], got {str(offsets)[:80]}"
-    expected, got = prod(shape) * _BYTES[dtype], offsets[1] - offsets[0]
+    expected, got = prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
     if expected != got:
         return f"shape {shape} of {dtype} takes {expected} bytes, data_offsets {offsets} give {got}"
     return None

@@ -16,7 +16,8 @@ from veneer.base.source import Source
 from veneer.errors import BaseModelError, ConfigError, TargetError
 from veneer.files.filesystem import REAL
 from veneer.files.peft import load_adapter
-from veneer.files.shards import DTYPES, OnBytes, read_checkpoint
+from veneer.files.shards import OnBytes, read_checkpoint
+from veneer.files.tensors import DTYPES
 from veneer.nn.attach import check_base
 from veneer.nn.fingerprint import fingerprint
 from veneer.tools.merge_checkpoint import Prove, merge_files

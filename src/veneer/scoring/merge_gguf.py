@@ -9,7 +9,8 @@ from veneer.base.gguf import load_gguf
 from veneer.base.load import load_model
 from veneer.base.source import Source
 from veneer.errors import AdapterError, BaseModelError
-from veneer.files.shards import DTYPES, read_checkpoint
+from veneer.files.shards import read_checkpoint
+from veneer.files.tensors import DTYPES
 from veneer.scoring.merge_checkpoint import SPARE, available_bytes
 from veneer.tools.merge_gguf import Prove
 from veneer.tools.merge_probe import TOLERANCES, ask, default_probe

@@ -21,7 +21,6 @@ from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import MANIFEST, FileRecord
 from veneer.files.shards import (
     CONFIG,
-    DTYPES,
     MAX_INDEX,
     Checkpoint,
     Edit,
@@ -32,6 +31,7 @@ from veneer.files.shards import (
     write_shard,
 )
 from veneer.files.strict_json import dump_json, parse_json
+from veneer.files.tensors import DTYPES
 from veneer.storage.plain import DTYPES as PLAIN
 from veneer.tools.merge_checkpoint_plan import Plan, Work, dtype_of, make_plan, refuse_quantised_config, sum_adapters
 from veneer.tools.merge_checkpoint_record import RECORD, CheckpointMerge

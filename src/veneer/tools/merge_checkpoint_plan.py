@@ -11,7 +11,8 @@ from veneer.adapter import Adapter, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, BaseModelError, ConfigError
 from veneer.factors import cat_ranks, conv_groups
-from veneer.files.shards import DTYPE_NAMES, Checkpoint, read_tensor
+from veneer.files.shards import Checkpoint, read_tensor
+from veneer.files.tensors import DTYPE_NAMES
 from veneer.names import did_you_mean
 from veneer.nn.fitting import nonfinite
 from veneer.ops.sample import sample_digest
