@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.tools.summarize import delta_norm, summarize
+from veneer.tools.spectrum import spectrum
+from veneer.tools.summarize import summarize
 
 
 def pair(outputs: int, inputs: int, rank: int, scaling: float = 2.0, seed: int = 0) -> LowRank:
@@ -23,7 +24,7 @@ def pair(outputs: int, inputs: int, rank: int, scaling: float = 2.0, seed: int =
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(-3, 3), st.integers(0, 99))
 def test_the_norm_is_that_of_the_delta(outputs, inputs, rank, scaling, seed):
     one = pair(outputs, inputs, rank, scaling, seed)
-    assert delta_norm(one) == pytest.approx(torch.linalg.norm(one.delta()).item(), rel=1e-9, abs=1e-12)
+    assert spectrum(one).norm == pytest.approx(torch.linalg.norm(one.delta()).item(), rel=1e-9, abs=1e-12)
 
 
 def test_modules_alike_are_counted_together():
@@ -61,7 +62,7 @@ def test_norms_and_sizes_of_every_form(form, shapes):
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=generator) for shape in shapes)
     pair = LowRank(A, B, 0.5, form)
-    assert delta_norm(pair) == pytest.approx(pair.delta().norm().item(), rel=1e-9)
+    assert spectrum(pair).norm == pytest.approx(pair.delta().norm().item(), rel=1e-9)
     tokens = {"embed": TokenRows((3, 5), torch.ones(2, 4))}
     summary = summarize(Adapter({"m": pair}, LoRAConfig(rank=2), tokens=tokens))
     assert (summary.targets[0].shape, summary.targets[0].form) == (pair.sizes, form)

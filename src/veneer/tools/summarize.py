@@ -5,11 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from veneer.adapter import Adapter, LowRank
 from veneer.errors import AdapterError
-from veneer.factors import as_matrices
 from veneer.names import last_name
 from veneer.tools.spectrum import Spectrum, spectrum
 
@@ -151,6 +148,7 @@ def summarize(adapter: Adapter, weight_norms: Mapping[str, float] | None = None)
         Of the order of rank² · (in + out) for each module; no delta is formed.
 
     Example:
+        >>> import torch
         >>> from veneer.config import LoRAConfig
         >>> pair = LowRank(torch.ones(1, 3), torch.ones(4, 1), scaling=0.5)
         >>> round(summarize(Adapter({"0": pair}, LoRAConfig(rank=1))).norm, 4)
@@ -185,22 +183,6 @@ def summarize(adapter: Adapter, weight_norms: Mapping[str, float] | None = None)
         ),
         modules=modules,
     )
-
-
-def delta_norm(pair: LowRank) -> float:
-    """Return the Frobenius norm of a module's delta, without forming it.
-
-    Equals `torch.linalg.norm(pair.delta())`: ‖sBA‖² = s² · tr((BᵀB)(AAᵀ)), in float64.
-
-    Example:
-        >>> delta_norm(LowRank(torch.ones(1, 3), torch.ones(4, 1), scaling=1.0)) == 12**0.5
-        True
-
-    Source:
-        research: papers.md 4.3.
-    """
-    A, B = as_matrices(pair.form, pair.lora_A.double(), pair.lora_B.double())
-    return abs(pair.scaling) * math.sqrt(max(0.0, torch.sum((B.mT @ B) * (A @ A.mT)).item()))
 
 
 def _spectrum(path: str, pair: LowRank) -> Spectrum:
