@@ -4,15 +4,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter import AdapterMetadata
 from veneer.base.activation import activation_start
-from veneer.base.load import load_config, load_model, load_tokenizer, num_positions, quantise_base
+from veneer.base.load import DTYPES, load_config, load_model, load_tokenizer, num_positions, quantise_base
 from veneer.base.source import Source, find_source
 from veneer.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
 from veneer.data.encode import EncodedRow, template_digest
@@ -162,12 +161,8 @@ def _storage_of(model: nn.Module) -> Literal["plain", "int8", "nf4"]:
 
 def _dtype_of(model: PreTrainedModel) -> Literal["auto", "float32", "bfloat16", "float16"]:
     """Return what a model computes in, as `load_base` chose it or was asked for it; else `auto`."""
-    names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    return names.get(model.dtype, "auto")
+    name = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "auto")
+    return cast(Literal["auto", "float32", "bfloat16", "float16"], name)
 
 
 def check_invocation(config: LoRAConfig, rows: Sequence[EncodedRow]) -> None:
