@@ -44,8 +44,8 @@ def _usable(folder: Path, existing: Existing) -> Path:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"out: {out!r} is a file; expected a folder to write the run to")
     # What a run that was killed before it began has left is nothing: its lock, its plan half written.
-    nothing = (_LOCK, f".{PLAN}.")
-    holds_something = folder.is_dir() and any(not one.name.startswith(nothing) for one in folder.iterdir())
+    names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+    holds_something = any(name != _LOCK and not name.startswith(f".{PLAN}.") for name in names)
     if not holds_something:
         if existing == "resume":
             raise OutputError(f"out: there is no run in {out!r} to go on with; leave out --resume to start one")
