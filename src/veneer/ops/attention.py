@@ -1,10 +1,11 @@
 """Causal attention of many sequences in one row, on a CPU: blocks of queries against the keys before them.
 
 Shapes: T tokens of all sequences, S of the longest in a bucket, G sequences of a bucket, H query heads, K key heads,
-Q = H / K query heads that share a key head, N = G·K, M queries of a block (Q of them for each place), L keys that a
+Q = H / K query heads that share a key head, N = G·K, M = S·Q queries or those of a block of places, L keys that a
 block or a bucket sees, P tokens of a prefix that sequences continue, E head size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -90,72 +91,79 @@ class _Block(NamedTuple):
 
     queries: slice
     keys: slice
-    mask_SL: Tensor
+    mask_ML: Tensor
     """Added to the scores of the last keys: minus infinity where a query may not look."""
 
 
-def _blocks(length: int, before: int, window: int | None, like: Tensor) -> Iterator[_Block]:
+def _blocks(length: int, before: int, window: int | None, like: Tensor, group: int) -> Iterator[_Block]:
     """Yield the blocks of a bucket; the mask covers the last of the keys, the others are seen by all queries.
 
-    `before` keys of a prefix come before those of the queries themselves.
+    `before` keys of a prefix come before those of the queries themselves, of which there are `group` for each place.
     """
     place = torch.arange(BLOCK, device=like.device)
-    later = _mask(place > place[:, None], like)  # of keys that lie in the block itself
+    later = _mask(place > place[:, None], like, group)  # of keys that lie in the block itself
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        queries, size = slice(start, stop), stop - start
+        queries, size = slice(group * start, group * stop), stop - start
         if window is None or before + stop <= window:
-            yield _Block(queries, slice(0, before + stop), later[:size, :size])
+            yield _Block(queries, slice(0, before + stop), later[: group * size, :size])
             continue
         first = max(0, before + start - window + 1)
         back = (before + start + place[:size, None]) - torch.arange(first, before + stop, device=like.device)
-        yield _Block(queries, slice(first, before + stop), _mask((back < 0) | (back >= window), like))
+        yield _Block(queries, slice(first, before + stop), _mask((back < 0) | (back >= window), like, group))
 
 
-def _mask(hidden: Tensor, like: Tensor) -> Tensor:
-    """Return what is added to scores: minus infinity where a key is hidden."""
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+def _mask(hidden: Tensor, like: Tensor, group: int) -> Tensor:
+    """Return what is added to scores: minus infinity where a key is hidden from the queries of a place."""
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    return mask.repeat_interleave(group, dim=0)
 
 
 def _grouped(x_THE: Tensor, bucket: Bucket, heads: int) -> Tensor:
-    """Return a bucket's rows, shape (N, Q, S, E) for `heads` = K."""
+    """Return a bucket's rows, shape (N, M, E) for `heads` = K: place by place, Q of them each."""
     if bucket.run is None:
         rows = x_THE[bucket.places.to(x_THE.device)]
     else:
         rows = x_THE[bucket.run].unflatten(0, (-1, bucket.places.shape[1]))
-    return rows.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+    return rows.unflatten(2, (heads, -1)).transpose(1, 2).contiguous().flatten(2, 3).flatten(0, 1)
 
 
-def _behind_prefix(own_N1SE: Tensor, x_TKE: Tensor, bucket: Bucket) -> Tensor:
-    """Return a bucket's keys or values with those of the prefix in front of each sequence's own, shape (N, 1, L, E)."""
+def _behind_prefix(own_NSE: Tensor, x_TKE: Tensor, bucket: Bucket) -> Tensor:
+    """Return a bucket's keys or values with those of the prefix in front of each sequence's own, shape (N, L, E)."""
     if bucket.before is None:
-        return own_N1SE
+        return own_NSE
     before_KPE = x_TKE[bucket.before].transpose(0, 1)
     before_GKPE = before_KPE.expand(bucket.places.shape[0], *before_KPE.shape)
-    return torch.cat([before_GKPE.flatten(0, 1)[:, None], own_N1SE], dim=2)
+    return torch.cat([before_GKPE.flatten(0, 1), own_NSE], dim=1)
 
 
-def _without_padding(x_NQSE: Tensor, bucket: Bucket) -> Tensor:
+def _by_sequence(x_NME: Tensor, bucket: Bucket) -> Tensor:
+    """Return a view of shape (G, K, S, Q, E)."""
+    sequences, length = bucket.places.shape
+    return x_NME.unflatten(1, (length, -1)).unflatten(0, (sequences, -1))
+
+
+def _without_padding(x_NME: Tensor, bucket: Bucket) -> Tensor:
     """Set padding to zero, in place."""
     if bucket.run is None:
-        padding_GS = ~bucket.real.to(x_NQSE.device)
-        x_NQSE.unflatten(0, (padding_GS.shape[0], -1)).masked_fill_(padding_GS[:, None, None, :, None], 0)
-    return x_NQSE
+        padding_GS = ~bucket.real.to(x_NME.device)
+        _by_sequence(x_NME, bucket).masked_fill_(padding_GS[:, None, :, None, None], 0)
+    return x_NME
 
 
-def _scatter_keys(out_TKE: Tensor, part_N1LE: Tensor, bucket: Bucket) -> None:
+def _scatter_keys(out_TKE: Tensor, part_NLE: Tensor, bucket: Bucket) -> None:
     """Put gradients of keys or values where they belong: a prefix, whose own are there, gets the sum over sequences."""
     if bucket.before is not None:
         size = bucket.before.stop - bucket.before.start
-        before_GKPE = part_N1LE[:, 0, :size].unflatten(0, (bucket.places.shape[0], -1))
+        before_GKPE = part_NLE[:, :size].unflatten(0, (bucket.places.shape[0], -1))
         out_TKE[bucket.before] += before_GKPE.sum(0).transpose(0, 1)
-        part_N1LE = part_N1LE[:, :, size:]
-    _scatter(out_TKE, part_N1LE, bucket)
+        part_NLE = part_NLE[:, size:]
+    _scatter(out_TKE, part_NLE, bucket)
 
 
-def _scatter(out_THE: Tensor, part_NQSE: Tensor, bucket: Bucket) -> None:
+def _scatter(out_THE: Tensor, part_NME: Tensor, bucket: Bucket) -> None:
     """Put a bucket's rows where they belong, all but the padding."""
-    rows_GSKQE = part_NQSE.unflatten(0, (bucket.places.shape[0], -1)).permute(0, 3, 1, 2, 4)
+    rows_GSKQE = _by_sequence(part_NME, bucket).transpose(1, 2)
     if bucket.run is None:
         real = bucket.real.to(out_THE.device)
         out_THE[bucket.places.to(out_THE.device)[real]] = rows_GSKQE.flatten(2, 3)[real]
@@ -163,13 +171,12 @@ def _scatter(out_THE: Tensor, part_NQSE: Tensor, bucket: Bucket) -> None:
         out_THE[bucket.run].view(rows_GSKQE.shape).copy_(rows_GSKQE)
 
 
-def _chunks(q_NQSE: Tensor, keys: int) -> Iterator[slice]:
+def _chunks(count: int, group: int, length: int, keys: int, element_bytes: int) -> Iterator[slice]:
     """Yield runs of N whose scores of a block fit the caches, each a multiple of the threads but the last.
 
     The BLAS gives each thread whole products of a batch: of three, two threads do two and one.
     """
-    count, queries, length, _ = q_NQSE.shape
-    most = max(1, SCORE_BYTES // (queries * BLOCK * keys * q_NQSE.element_size()))
+    most = max(1, SCORE_BYTES // (group * BLOCK * keys * element_bytes))
     size = -(-count // -(-count // most))  # alike, not a full one and a small rest
     threads = torch.get_num_threads()
     if size > threads and length >= LONG:
@@ -178,16 +185,16 @@ def _chunks(q_NQSE: Tensor, keys: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _some(q_NQSE: Tensor, k_N1LE: Tensor, v_N1LE: Tensor, some: slice, scaling: float) -> "_Heads":
-    """Return some key heads and their scaled queries."""
-    return q_NQSE[some] * scaling, k_N1LE[some, 0], v_N1LE[some, 0]
-
-
-def _probabilities(q_NME: Tensor, k_NLE: Tensor, block: _Block) -> Tensor:
-    a_NML = torch.bmm(q_NME, k_NLE.transpose(1, 2))
-    places, masked = block.mask_SL.shape
-    a_NML.unflatten(1, (-1, places))[..., a_NML.shape[-1] - masked :].add_(block.mask_SL)
+def _probabilities(q_NME: Tensor, k_NLE: Tensor, scaling: float, block: _Block, scores: Tensor) -> Tensor:
+    a_NML = _scores_of(q_NME, k_NLE, scores, scaling)
+    a_NML[..., a_NML.shape[-1] - block.mask_ML.shape[1] :].add_(block.mask_ML)
     return torch.softmax(a_NML, -1, out=a_NML)
+
+
+def _scores_of(q_NME: Tensor, k_NLE: Tensor, scores: Tensor, scaling: float = 1.0) -> Tensor:
+    """Return `scaling · q kᵀ` in a buffer: the same memory for each block stays in the caches."""
+    shape = (len(q_NME), q_NME.shape[1], k_NLE.shape[1])
+    return scores[: math.prod(shape)].view(shape).baddbmm_(q_NME, k_NLE.transpose(1, 2), beta=0, alpha=scaling)
 
 
 class _Attention(torch.autograd.Function):
@@ -205,18 +212,19 @@ class _Attention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+        heads = k_TKE.shape[1]
         saved: list[Tensor] = []
         for bucket in buckets_of(lengths, prefixes):
-            q_NQSE, k_N1SE, v_N1SE = (_grouped(part, bucket, k_TKE.shape[1]) for part in (q_THE, k_TKE, v_TKE))
-            k_N1LE, v_N1LE = _behind_prefix(k_N1SE, k_TKE, bucket), _behind_prefix(v_N1SE, v_TKE, bucket)
-            part_NQSE = torch.empty_like(q_NQSE)
-            for some in _chunks(q_NQSE, k_N1LE.shape[2]):
-                _forward(_some(q_NQSE, k_N1LE, v_N1LE, some, scaling), part_NQSE[some], window)
-            _scatter(out_THE, part_NQSE, bucket)
-            saved += [q_NQSE, k_N1LE, v_N1LE]
+            q_NME = _grouped(q_THE, bucket, heads)
+            k_NLE, v_NLE = (_behind_prefix(_grouped(part, bucket, heads), part, bucket) for part in (k_TKE, v_TKE))
+            part_NME = torch.empty_like(q_NME)
+            for some, blocks in _work(q_NME, k_NLE, bucket.places.shape[1], window):
+                _forward((q_NME[some], k_NLE[some], v_NLE[some]), part_NME[some], scaling, blocks)
+            _scatter(out_THE, part_NME, bucket)
+            saved += [q_NME, k_NLE, v_NLE]
         ctx.save_for_backward(*saved)
         ctx.lengths, ctx.prefixes = lengths, prefixes
-        ctx.scaling, ctx.window, ctx.heads = scaling, window, k_TKE.shape[1]
+        ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
         return out_THE
 
     @staticmethod
@@ -227,49 +235,64 @@ class _Attention(torch.autograd.Function):
         dq_THE = torch.empty_like(dout_THE, memory_format=torch.contiguous_format)
         dk_TKE, dv_TKE = (dout_THE.new_empty(tokens, ctx.heads, size) for _ in range(2))
         for place, bucket in enumerate(buckets_of(ctx.lengths, ctx.prefixes)):
-            q_NQSE, k_N1LE, v_N1LE = saved[3 * place : 3 * place + 3]
-            dout_NQSE = _without_padding(_grouped(dout_THE, bucket, ctx.heads), bucket)
-            dq_NQSE = torch.empty_like(q_NQSE)
-            dk_N1LE, dv_N1LE = (torch.zeros_like(part) for part in (k_N1LE, v_N1LE))
-            for some in _chunks(q_NQSE, k_N1LE.shape[2]):
-                given = _some(q_NQSE, k_N1LE, v_N1LE, some, ctx.scaling)
-                wanted = (dq_NQSE[some], dk_N1LE[some, 0], dv_N1LE[some, 0])
-                _backward(given, dout_NQSE[some], wanted, ctx.scaling, ctx.window)
-            _scatter(dq_THE, dq_NQSE, bucket)
-            _scatter_keys(dk_TKE, dk_N1LE, bucket)
-            _scatter_keys(dv_TKE, dv_N1LE, bucket)
+            q_NME, k_NLE, v_NLE = saved[3 * place : 3 * place + 3]
+            dout_NME = _without_padding(_grouped(dout_THE, bucket, ctx.heads), bucket)
+            dq_NME = torch.empty_like(q_NME)
+            dk_NLE, dv_NLE = (torch.zeros_like(part) for part in (k_NLE, v_NLE))
+            for some, blocks in _work(q_NME, k_NLE, bucket.places.shape[1], ctx.window):
+                given = (q_NME[some], k_NLE[some], v_NLE[some])
+                _backward(given, dout_NME[some], (dq_NME[some], dk_NLE[some], dv_NLE[some]), ctx.scaling, blocks)
+            _scatter(dq_THE, dq_NME.mul_(ctx.scaling), bucket)
+            _scatter_keys(dk_TKE, dk_NLE.mul_(ctx.scaling), bucket)
+            _scatter_keys(dv_TKE, dv_NLE, bucket)
         return dq_THE, dk_TKE, dv_TKE, None, None, None, None
 
 
 _Heads = tuple[Tensor, Tensor, Tensor]
-"""Scaled queries (N, Q, S, E), keys (N, L, E) and values (N, L, E); or the gradients of all, the queries' unscaled."""
+"""Queries (N, M, E), keys (N, L, E) and values (N, L, E); or the gradients of all."""
 
 
-def _forward(given: _Heads, out_NQSE: Tensor, window: int | None) -> None:
+def _work(q_NME: Tensor, k_NLE: Tensor, length: int, window: int | None) -> Iterator[tuple[slice, list[_Block]]]:
+    """Yield key heads to be computed together, and the blocks of their queries."""
+    count, keys = k_NLE.shape[:2]
+    group = q_NME.shape[1] // length
+    blocks = list(_blocks(length, keys - length, window, q_NME, group))
+    for some in _chunks(count, group, length, keys, q_NME.element_size()):
+        yield some, blocks
+
+
+def _scores(given: _Heads, blocks: Sequence[_Block]) -> Tensor:
+    """Return room for the scores of any of the blocks."""
+    most = max((block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start) for block in blocks)
+    return given[0].new_empty(len(given[0]) * most)
+
+
+def _forward(given: _Heads, out_NME: Tensor, scaling: float, blocks: Sequence[_Block]) -> None:
     """Write the outputs of some key heads."""
-    q_NQSE, keys_NLE, values_NLE = given
-    group, length = q_NQSE.shape[1:3]
-    for block in _blocks(length, keys_NLE.shape[1] - length, window, q_NQSE):
-        q_NME = q_NQSE[:, :, block.queries].flatten(1, 2)
-        p_NML = _probabilities(q_NME, keys_NLE[:, block.keys], block)
-        out_NQSE[:, :, block.queries] = torch.bmm(p_NML, values_NLE[:, block.keys]).unflatten(1, (group, -1))
+    q_NME, keys_NLE, values_NLE = given
+    scores = _scores(given, blocks)
+    for block in blocks:
+        p_NML = _probabilities(q_NME[:, block.queries], keys_NLE[:, block.keys], scaling, block, scores)
+        out_NME[:, block.queries] = torch.bmm(p_NML, values_NLE[:, block.keys])
 
 
-def _backward(given: _Heads, dout_NQSE: Tensor, wanted: _Heads, scaling: float, window: int | None) -> None:
-    """Write the queries' gradients and add to those of keys and values: probabilities are computed again."""
-    q_NQSE, keys_NLE, values_NLE = given
-    dq_NQSE, dkeys_NLE, dvalues_NLE = wanted
-    group, length = dq_NQSE.shape[1:3]
-    for block in _blocks(length, keys_NLE.shape[1] - length, window, dq_NQSE):
-        q_NME, dout_NME = (part[:, :, block.queries].flatten(1, 2) for part in (q_NQSE, dout_NQSE))
+def _backward(given: _Heads, dout_NME: Tensor, wanted: _Heads, scaling: float, blocks: Sequence[_Block]) -> None:
+    """Write the queries' gradients and add to those of keys and values; those of queries and keys lack `scaling`.
+
+    Probabilities are computed again.
+    """
+    queries_NME, keys_NLE, values_NLE = given
+    dq_NME, dkeys_NLE, dvalues_NLE = wanted
+    scores, dscores = _scores(given, blocks), _scores(given, blocks)
+    for block in blocks:
+        q_NME, do_NME = queries_NME[:, block.queries], dout_NME[:, block.queries]
         k_NLE, v_NLE = keys_NLE[:, block.keys], values_NLE[:, block.keys]
-        p_NML = _probabilities(q_NME, k_NLE, block)
-        dvalues_NLE[:, block.keys].add_(torch.bmm(p_NML.transpose(1, 2), dout_NME))
-        dp_NML = torch.bmm(dout_NME, v_NLE.transpose(1, 2))
+        p_NML = _probabilities(q_NME, k_NLE, scaling, block, scores)
+        dvalues_NLE[:, block.keys].add_(torch.bmm(p_NML.transpose(1, 2), do_NME))
+        dp_NML = _scores_of(do_NME, v_NLE, dscores)
         da_NML = torch._softmax_backward_data(dp_NML, p_NML, -1, p_NML.dtype, grad_input=dp_NML)
         dkeys_NLE[:, block.keys].add_(torch.bmm(da_NML.transpose(1, 2), q_NME))
-        dq_NME = torch.bmm(da_NML, k_NLE).mul_(scaling)
-        dq_NQSE[:, :, block.queries] = dq_NME.unflatten(1, (group, -1))
+        dq_NME[:, block.queries] = torch.bmm(da_NML, k_NLE)
 
 
 def causal_attention(
