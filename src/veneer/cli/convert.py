@@ -8,7 +8,8 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, checkpoint_of
-from veneer.cli.output import Json, print_facts, print_json, print_table
+from veneer.cli.output import Json, Overwrite, grouped, print_facts, print_result, print_table
+from veneer.cli.writing import check_folder, check_place
 from veneer.errors import ConfigError
 from veneer.names import last_name
 
@@ -27,7 +28,7 @@ def convert(
     style: Annotated[str | None, typer.Option(metavar="NAME", help="diffusers' names: new, old or oldest.")] = None,
     rank: Annotated[int | None, typer.Option(help="With --to lora: the highest rank of a module.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pickles, in a process apart.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     show_formats: Annotated[bool, typer.Option("--list", help="Show the formats and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -37,6 +38,9 @@ def convert(
         return
     if missing := [name for name, value in (("PATH", path), ("--to", to), ("--out", out)) if value is None]:
         raise ConfigError(f"convert needs {', '.join(missing)}; `veneer convert --list` shows the formats")
+    if Path(str(out)).is_dir():
+        check_folder(str(out), overwrite=overwrite)
+    check_place(str(out))
     hints = veneer.Hints(
         base=checkpoint_of(base) if base is not None else None,
         alpha=alpha,
@@ -49,7 +53,7 @@ def convert(
         overwrite=overwrite,
     )  # fmt: skip
     if as_json:
-        print_json(_plain(done))
+        print_result("convert", {"path": path, "base": base}, _plain(done), out=done.out)
         return
     print_facts(
         {
@@ -72,22 +76,23 @@ def _list(as_json: bool) -> None:
         for one in veneer.list_formats()
     ]
     if as_json:
-        print_json({"formats": rows})
+        told = [
+            {"name": one.name, "writes": one.write is not None, "title": one.title} for one in veneer.list_formats()
+        ]
+        print_result("convert", {}, {"formats": told})
     else:
         print_table("", rows)
 
 
 def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
     """Return modules alike together, with their largest errors."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for path, pair in done.adapter.modules.items():
-        key = (
-            last_name(path),
-            pair.form + (" dora" if pair.magnitude is not None else ""),
-            pair.sizes,
-            pair.rank,
-        )
-        groups.setdefault((*key, f"{pair.scaling:g}"), []).append(path)
+    modules = done.adapter.modules
+
+    def key(path: str) -> tuple[str, str, tuple[int, int], int, str]:
+        pair = modules[path]
+        form = pair.form + (" dora" if pair.magnitude is not None else "")
+        return last_name(path), form, pair.sizes, pair.rank, f"{pair.scaling:g}"
+
     rows = [
         {
             "target": name,
@@ -99,9 +104,9 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
             "error": _shown(_largest(done.proof.errors, paths)),
             **({"error of making": _shown(_largest(done.made, paths))} if done.made else {}),
         }
-        for (name, form, sizes, rank, scaling), paths in groups.items()
+        for (name, form, sizes, rank, scaling), paths in grouped(modules, key).items()
     ]
-    whole = [path for path in done.proof.errors if path not in done.adapter.modules]
+    whole = [path for path in done.proof.errors if path not in modules]
     columns = list(rows[0]) if rows else ["target", "form", "error"]
     for path in whole:
         told = {"target": path, "form": "trained whole", "error": _shown(done.proof.errors[path])}
@@ -121,11 +126,16 @@ def _plain(done: "veneer.Converted") -> dict[str, Any]:
     return {
         "from": done.source,
         "to": done.target,
-        "out": str(done.out),
         "digest": done.adapter.digest,
-        "modules": len(done.adapter.modules),
+        "num_bytes": done.adapter.num_bytes,
         "worst_error": done.proof.worst,
-        "errors": dict(done.proof.errors),
-        "errors_of_making": dict(done.made),
+        "modules": [
+            {
+                "path": path,
+                "relative_error": error,
+                **({"error_of_making": done.made[path]} if path in done.made else {}),
+            }
+            for path, error in done.proof.errors.items()
+        ],
         "notes": list(done.notes),
     }

@@ -7,8 +7,20 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
-from veneer.cli.closeness import require_free, require_one, share
-from veneer.cli.output import Json, log_to_stderr, print_facts, print_json, print_table, size, span
+from veneer.cli.closeness import require_one, share
+from veneer.cli.output import (
+    Json,
+    Modules,
+    Overwrite,
+    grouped,
+    log_to_stderr,
+    print_facts,
+    print_result,
+    print_table,
+    size,
+    span,
+)
+from veneer.cli.writing import check_folder
 from veneer.names import by_number, last_name
 
 if TYPE_CHECKING:
@@ -28,20 +40,20 @@ def extract(
     others: Annotated[
         Literal["list", "keep", "refuse"], typer.Option(help="What becomes of norms and biases that differ.")
     ] = "list",
-    modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    modules: Modules = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Take a LoRA out of a fine-tuned model: the nearest to what it has more than its base."""
     log_to_stderr()
-    require_free(out, overwrite)
+    check_folder(out, overwrite=overwrite)
     require_one(rank=rank, energy=energy)
     first, second = folder_of(base), folder_of(tuned)
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
         found = veneer.extract(first, second, rank=rank, energy=energy, others=others, on_bytes=on_bytes)
-    veneer.save_adapter(found.adapter, out, replace=overwrite)
+    veneer.save_adapter(found.adapter, out, card=found.card(base, tuned), replace=overwrite)
     if as_json:
-        print_json({"adapter": out, **found.to_json()})
+        print_result("extract", {"base": base, "tuned": tuned}, found.to_json(), out=out)
         return
     print_facts(
         {
@@ -80,9 +92,7 @@ def _module_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
 
 def _target_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
     """Return a row for each group of modules alike, with the least and the most of each figure."""
-    groups: dict[tuple[str, str, tuple[int, int]], list[ExtractedModule]] = {}
-    for one in modules:
-        groups.setdefault((last_name(one.path), one.form, one.shape), []).append(one)
+    groups = grouped(modules, lambda one: (last_name(one.path), one.form, one.shape))
     return [
         {
             "target": name,

@@ -46,7 +46,7 @@ class Report:
         """Return all of it as plain values."""
         return {
             "findings": [one.to_json() for one in self.findings],
-            "errors": sum(one.count for one in self.errors),
+            "num_errors": sum(one.count for one in self.errors),
             "effect": None if self.effect is None else asdict(self.effect),
         }
 

@@ -22,6 +22,7 @@ from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tenso
 from veneer.names import did_you_mean
 from veneer.ops.initialise_svd import truncated_svd
 from veneer.storage.plain import DTYPES as PLAIN
+from veneer.tools.made_card import made_card
 from veneer.tools.merge_checkpoint_plan import refuse_quantised_config
 
 Others = Literal["list", "keep", "refuse"]
@@ -92,13 +93,25 @@ class Extraction:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values, the adapter by its digest."""
         return {
-            "adapter": self.adapter.digest,
-            "modules": [asdict(one) for one in self.modules],
+            "digest": self.adapter.digest,
+            "num_bytes": self.adapter.num_bytes,
+            "relative_error": self.error,
+            "modules": [_module_json(one) for one in self.modules],
             "trained": list(self.adapter.trained),
             "left_out": [asdict(one) for one in self.left_out],
-            "unchanged": self.unchanged,
-            "error": self.error,
+            "num_unchanged": self.unchanged,
         }
+
+    def card(self, base: str, tuned: str) -> str:
+        """Return the README of the adapter, by the names that the two checkpoints go by."""
+        rows = [{"role": "base", "checkpoint": base}, {"role": "fine-tuned", "checkpoint": tuned}]
+        return made_card(self.adapter, "Extracted from a fine-tuned model.", rows, {}, self.error)
+
+
+def _module_json(one: ExtractedModule) -> dict[str, Any]:
+    told = asdict(one)
+    figures = {"kept": told.pop("energy"), "relative_error": told.pop("error")}
+    return told | figures
 
 
 @dataclass
