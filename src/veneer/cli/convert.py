@@ -26,6 +26,9 @@ def convert(
     component: Annotated[str | None, typer.Option(metavar="NAME", help="Part of a pipeline, such as unet.")] = None,
     fused: Annotated[str | None, typer.Option(metavar="part|whole", help="What a packed layer's alpha is of.")] = None,
     style: Annotated[str | None, typer.Option(metavar="NAME", help="diffusers' names: new, old or oldest.")] = None,
+    enabled: Annotated[
+        str | None, typer.Option(metavar="yes,no,...", help="loralib's enable_lora of layers with several parts.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="With --to lora: the highest rank of a module.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pickles, in a process apart.")] = False,
     overwrite: Overwrite = False,
@@ -47,6 +50,7 @@ def convert(
         component=component,
         fused=fused,
         style=style,
+        enabled=None if enabled is None else _switches(enabled),
     )
     done = veneer.convert(
         Path(str(path)), str(to), Path(str(out)), source=source, hints=hints, rank=rank, allow_pickle=allow_pickle,
@@ -68,6 +72,23 @@ def convert(
     rows = _rows(done)
     if rows:
         print_table("", rows, right=[name for name in rows[0] if name not in ("target", "form")])
+
+
+def _switches(text: str) -> tuple[bool, ...]:
+    """Return what is switched on in a list with commas.
+
+    Raises:
+        ConfigError: If a word is neither yes nor no.
+
+    Example:
+        >>> _switches("yes,no,True")
+        (True, False, True)
+    """
+    words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    told = [one.strip().lower() for one in text.split(",")]
+    if not set(told) <= set(words):
+        raise ConfigError(f"--enabled: expected yes or no for each part, with commas, such as yes,no,yes; got {text!r}")
+    return tuple(words[one] for one in told)
 
 
 def _list(as_json: bool) -> None:

@@ -8,7 +8,7 @@ import veneer
 from veneer.cli.bases import BASE, checkpoint_of
 from veneer.cli.output import Json, Modules, grouped, print_facts, print_result, print_table, size
 from veneer.cli.writing import check_place
-from veneer.errors import AdapterError, ConfigError, shortened
+from veneer.errors import AdapterError, ConfigError, several, shortened
 from veneer.names import by_number, did_you_mean, last_name
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _require_common(found: "Relation", first: str, second: str) -> None:
         lines = [f"{path}: {why}" for path, why in found.unlike]
         raise AdapterError(f"{first} and {second}: no module can be compared", shortened(lines, _SHOWN))
     held = {first: found.only_first, second: found.only_second}
-    lines = [f"{name} has {', '.join(shortened(paths, _SHOWN)) or 'none'}" for name, paths in held.items()]
+    lines = [f"{name} has {several(paths, _SHOWN) or 'none'}" for name, paths in held.items()]
     near = next((near for path in found.only_first[:_SHOWN] if (near := did_you_mean(path, found.only_second))), "")
     raise AdapterError(f"{first} and {second} have no module in common, so nothing can be compared{near}", lines)
 
@@ -246,4 +246,4 @@ def _mean(values: list[float]) -> float:
 def _only(title: str, names: "tuple[str, ...] | list[str]") -> dict[str, str]:
     if not names:
         return {}
-    return {title: f"{len(names)}: {', '.join(shortened(names, _SHOWN))}"}
+    return {title: f"{len(names)}: {several(names, _SHOWN)}"}

@@ -31,6 +31,7 @@ EXACT = 512
 """Up to this smaller side a matrix is decomposed exactly, in float64."""
 _ITERATIONS = 4
 _FIRST = 8
+_SHOWN = 20
 _TABLE = re.compile(r"(embed(?!_out)|wte|wpe|word_emb|position_emb|shared$)", re.IGNORECASE)
 
 
@@ -355,12 +356,14 @@ def _distance2(matrix_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> float:
 def _extraction(found: _Found, others: Others, base: str) -> Extraction:
     if not found.pairs:
         lines = [f"{one.name}: {one.reason}" for one in found.left_out]
-        raise AdapterError("no matrix differs between the two checkpoints: there is nothing to extract", lines[:20])
+        raise AdapterError(
+            "no matrix differs between the two checkpoints: there is nothing to extract", shortened(lines, _SHOWN)
+        )
     left_out, trained, config = found.left_out, {}, {}
     if others == "refuse" and left_out:
         raise AdapterError(
             "tensors differ that factors cannot hold; others='keep' puts them in whole, 'list' leaves them out",
-            [f"{one.name}: {one.reason}" for one in left_out][:20],
+            shortened([f"{one.name}: {one.reason}" for one in left_out], _SHOWN),
         )
     if others == "keep":
         trained = {name: value for name, value in found.trained.items() if value.ndim == 1}
