@@ -155,5 +155,5 @@ def test_parts_of_a_fused_layer_are_named_on_the_command_line(call, tmp_path):
     pair = veneer.load_adapter(tmp_path / "out").modules["qv"]
     expected = load_file(golden / "expected.safetensors")["qv.weight"]
     torch.testing.assert_close(pair.delta().float(), expected, rtol=1e-5, atol=1e-5)
-    code, _, err = call(*start, "--enabled", "yes,maybe")
+    code, _, err = call(*start[:-1], tmp_path / "again", "--enabled", "yes,maybe")
     assert (code, "expected yes or no for each part" in err) == (2, True)
