@@ -58,4 +58,4 @@ def test_misspelt_hints_are_told_all_at_once_before_anything_is_read(tmp_path):
     component, fused, style = caught.value.problems
     assert "'unt'; nearest: 'unet'" in component
     assert fused == "fused: expected one of part, whole, got 'prt'; nearest: 'part'"
-    assert style.startswith("style: expected one of new, old, oldest, got 'odl'")
+    assert style.startswith("style: expected one of new, old, oldest, flux, sd3, got 'odl'")

@@ -25,7 +25,9 @@ def convert(
     alpha: Annotated[float | None, typer.Option(help="For formats that do not store it.")] = None,
     component: Annotated[str | None, typer.Option(metavar="NAME", help="Part of a pipeline, such as unet.")] = None,
     fused: Annotated[str | None, typer.Option(metavar="part|whole", help="What a packed layer's alpha is of.")] = None,
-    style: Annotated[str | None, typer.Option(metavar="NAME", help="diffusers' names: new, old or oldest.")] = None,
+    style: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Names of diffusers: new, old, oldest; of kohya: flux, sd3.")
+    ] = None,
     enabled: Annotated[
         str | None, typer.Option(metavar="yes,no,...", help="loralib's enable_lora of layers with several parts.")
     ] = None,

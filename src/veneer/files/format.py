@@ -22,7 +22,8 @@ class Hints:
             that model; what is written is said to be of it.
         fused: For layers that were trained in parts and stored as one (a packed qkv): whether their alpha counts for
             the `part` or for the `whole`. Files do not tell.
-        style: Which of its namings a format writes, where it has several; None is the newest.
+        style: Which of its namings a format writes, where it has several; None is the newest. Of diffusers `new`, `old`
+            or `oldest`, of kohya `flux` or `sd3`: the names that sd-scripts and ComfyUI have for those models.
         enabled: For loralib's MergedLinear, of which only some parts may have factors: its `enable_lora`, such as
             (True, False, True).
 

@@ -19,6 +19,7 @@ from veneer.files.diffusers_keys import STYLES
 from veneer.files.filesystem import REAL, Content, FileSystem
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
+from veneer.files.kohya_originals import FAMILIES
 from veneer.files.peft import save_adapter
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.shards import Checkpoint, read_tensor
@@ -130,7 +131,7 @@ def convert(
 
 def _check_hints(hints: Hints) -> None:
     """Raise for hints that are misspelt, before any file is read."""
-    choices = {"component": COMPONENTS, "fused": ("part", "whole"), "style": STYLES}
+    choices = {"component": COMPONENTS, "fused": ("part", "whole"), "style": (*STYLES, *FAMILIES)}
     given = {"component": hints.component, "fused": hints.fused, "style": hints.style}
     problems = [
         f"{name}: expected one of {', '.join(choices[name])}, got {value!r}{did_you_mean(value, choices[name])}"
