@@ -46,6 +46,13 @@ def test_the_list_of_formats():
     assert {"peft", "kohya", "diffusers"} <= set(names)
 
 
+def test_the_list_says_what_a_format_needs():
+    rows = {row["name"]: row for row in json.loads(run("--list", "--json").output)["formats"]}
+    assert rows["loralib"]["needs"] == ["--alpha ALPHA"]
+    assert rows["peft-bin"]["writes"] is False
+    assert "--base BASE" in run("--list").output
+
+
 def test_what_is_missing_is_told_at_once():
     with pytest.raises(ConfigError, match=r"convert needs PATH, --to, --out"):
         run()

@@ -87,6 +87,22 @@ def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
         run("extract", tiny_base, tiny_base, "--out", adapter, "--rank", 2)
 
 
+def test_extract_groups_what_it_leaves_out_and_names_the_base_as_it_is_called(run, tiny_base, tmp_path, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    command = ("extract", tiny_base, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "x")
+    shown = run(*command).split("left out")[1]
+    assert "input_layernorm.weight" in shown
+    assert "model.layers.0" not in shown
+    assert "model.layers.0.input_layernorm.weight" in run(*command, "--overwrite", "--modules").split("left out")[1]
+    monkeypatch.setattr(extract, "folder_of", lambda base: {"org/base": str(tiny_base)}.get(base, base))
+    run("extract", "org/base", tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "y")
+    assert load_adapter(tmp_path / "y").metadata.base == "org/base"
+
+
 def test_extract_replaces_where_told_and_lists_modules_where_told(run, tiny_base, adapter, tmp_path):
     run("merge", tiny_base, adapter, tmp_path / "out", "--no-probe")
     extract = ("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "again", "--rank", 2)

@@ -256,7 +256,7 @@ def test_other_bases_and_tasks_need_a_word():
         ({"method": "tie"}, r"method: expected one of linear, .*got 'tie'; nearest: 'ties'"),
         ({"rank": 0}, "rank: expected a whole number"),
         ({"rank": True}, "rank: expected a whole number"),
-        ({"weights": [1.0]}, "weights: expected 2 numbers, one for each adapter, got 1"),
+        ({"weights": [1.0]}, "weights: expected a number for each adapter, 2 in all; got 1"),
         ({"weights": [1.0, float("nan")]}, "weights: nan is no finite number"),
         ({"weights": [1.0, "2"]}, "weights: '2' is no finite number"),
         ({"module_weights": {"qq": [1.0, 1.0]}}, "stands for none of 1 modules; nearest: 'q'"),

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from veneer.tools.check_effect import Effect
     from veneer.tools.merge_probe import Probe
 
-EXAMPLE = "Example: veneer check runs/tickets/adapter --base smollm2"
+EXAMPLE = """Example: veneer check runs/tickets/adapter --base smollm2
+
+Example: veneer check downloads/lora.safetensors"""
 PROMPT = "Adapters change what a model says. The capital of France is Paris, and 2 + 2 = 4."
 """What a base with a tokenizer is asked, with the adapter and without."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from veneer.cli.output import grouped, print_table, span
+from veneer.cli.output import grouped, print_table, ratio, span
 from veneer.errors import ConfigError
 from veneer.names import last_name
 
@@ -28,8 +28,8 @@ def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> N
                 "rank": span([one.rank for one in alike]),
                 "norm": f"{norm:.4g}",
                 "kept": share(1.0 - (missed / norm) ** 2 if norm else 1.0),
-                "error": f"{missed / norm if norm else 0.0:.2e}",
-                "worst error": f"{max(one.error for one in alike):.2e}",
+                "error": ratio(missed / norm if norm else 0.0),
+                "worst error": ratio(max(one.error for one in alike)),
             }
         )
     if rows:

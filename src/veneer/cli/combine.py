@@ -13,7 +13,9 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.tools.combine import Combination
 
-EXAMPLE = "Example: veneer combine runs/a/adapter runs/b/adapter --weights 0.7,0.3 --rank 16 --out runs/ab"
+EXAMPLE = """Example: veneer combine runs/a/adapter runs/b/adapter --weights 0.7,0.3 --rank 16 --out runs/ab
+
+Example: veneer combine runs/a/adapter runs/b/adapter --method ties --space core --density 0.5 --out runs/ab"""
 
 
 def combine(

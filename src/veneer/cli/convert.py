@@ -8,12 +8,16 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, checkpoint_of
-from veneer.cli.output import Json, Overwrite, grouped, print_facts, print_result, print_table
+from veneer.cli.output import Json, Overwrite, grouped, print_facts, print_result, print_table, ratio
 from veneer.cli.writing import check_folder, check_place
 from veneer.errors import ConfigError
 from veneer.names import last_name
 
-EXAMPLE = "Example: veneer convert lora.safetensors --to peft --out mine"
+EXAMPLE = """Example: veneer convert lora.safetensors --to peft --out mine
+
+Example: veneer convert runs/tickets/adapter --to gguf --base smollm2 --out tickets.gguf
+
+Example: veneer convert pytorch_lora_weights.safetensors --to kohya --style flux --out flux.safetensors"""
 
 
 def convert(
@@ -66,8 +70,8 @@ def convert(
             "from": f"{done.source}, {path}",
             "to": f"{done.target}, {done.out}",
             "modules": len(done.adapter.modules),
-            "largest error": f"{_shown(done.proof.worst)} of a delta's norm, read back",
-            **({"error of making LoRA": f"{_shown(max(done.made.values()))} at worst"} if done.made else {}),
+            "largest error": f"{ratio(done.proof.worst)} of a delta's norm, read back",
+            **({"error of making LoRA": f"{ratio(max(done.made.values()))} at worst"} if done.made else {}),
             **{f"note {number}": note for number, note in enumerate(done.notes, 1)},
         }
     )
@@ -95,12 +99,18 @@ def _switches(text: str) -> tuple[bool, ...]:
 
 def _list(as_json: bool) -> None:
     rows = [
-        {"name": one.name, "read": "yes", "write": "yes" if one.write else "no", "what": one.title}
+        {
+            "name": one.name,
+            "written": ("a file" if one.file else "a folder") if one.write else "no, read only",
+            "needs": " ".join(one.needs),
+            "what": one.title,
+        }
         for one in veneer.list_formats()
     ]
     if as_json:
         told = [
-            {"name": one.name, "writes": one.write is not None, "title": one.title} for one in veneer.list_formats()
+            {"name": one.name, "writes": one.write is not None, "needs": list(one.needs), "title": one.title}
+            for one in veneer.list_formats()
         ]
         print_result("convert", {}, {"formats": told})
     else:
@@ -124,21 +134,17 @@ def _rows(done: "veneer.Converted") -> list[dict[str, Any]]:
             "out × in": f"{sizes[0]} × {sizes[1]}",
             "rank": rank,
             "scaling": scaling,
-            "error": _shown(_largest(done.proof.errors, paths)),
-            **({"error of making": _shown(_largest(done.made, paths))} if done.made else {}),
+            "error": ratio(_largest(done.proof.errors, paths)),
+            **({"error of making": ratio(_largest(done.made, paths))} if done.made else {}),
         }
         for (name, form, sizes, rank, scaling), paths in grouped(modules, key).items()
     ]
     whole = [path for path in done.proof.errors if path not in modules]
     columns = list(rows[0]) if rows else ["target", "form", "error"]
     for path in whole:
-        told = {"target": path, "form": "trained whole", "error": _shown(done.proof.errors[path])}
+        told = {"target": path, "form": "trained whole", "error": ratio(done.proof.errors[path])}
         rows.append({name: told.get(name, "") for name in columns})
     return rows
-
-
-def _shown(error: float) -> str:
-    return f"{error:.1e}" if error else "0"
 
 
 def _largest(errors: Mapping[str, float], paths: list[str]) -> float:

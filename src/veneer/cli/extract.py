@@ -17,6 +17,7 @@ from veneer.cli.output import (
     print_facts,
     print_result,
     print_table,
+    ratio,
     size,
     span,
 )
@@ -24,7 +25,7 @@ from veneer.cli.writing import check_folder
 from veneer.names import by_number, last_name
 
 if TYPE_CHECKING:
-    from veneer.tools.extract import ExtractedModule
+    from veneer.tools.extract import ExtractedModule, LeftOut
 
 EXAMPLE = "Example: veneer extract models/llama models/llama-tuned --out adapters/tuned --rank 16"
 
@@ -49,8 +50,9 @@ def extract(
     check_folder(out, overwrite=overwrite)
     require_one(rank=rank, energy=energy)
     first, second = folder_of(base), folder_of(tuned)
+    name = base if first == base else veneer.find_source(base).name
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
-        found = veneer.extract(first, second, rank=rank, energy=energy, others=others, on_bytes=on_bytes)
+        found = veneer.extract(first, second, rank=rank, energy=energy, others=others, name=name, on_bytes=on_bytes)
     veneer.save_adapter(found.adapter, out, card=found.card(base, tuned), replace=overwrite)
     if as_json:
         print_result("extract", {"base": base, "tuned": tuned}, found.to_json(), out=out)
@@ -68,11 +70,21 @@ def extract(
     )
     rows = _module_rows(found.modules) if modules else _target_rows(found.modules)
     print_table("", rows, right=[name for name in rows[0] if name not in ("target", "module", "form")])
-    left = [
-        {"left out": one.name, "shape": " × ".join(map(str, one.shape)), "why": one.reason} for one in found.left_out
+    if found.left_out:
+        print_table("", _left_rows(found.left_out, modules), right=["tensors"])
+
+
+def _left_rows(left_out: "Sequence[LeftOut]", every_one: bool) -> list[dict[str, Any]]:
+    """Return a row for each tensor that was left out, or for each group of those alike."""
+
+    def key(one: "LeftOut") -> tuple[str, tuple[int, ...], str]:
+        path, _, leaf = one.name.rpartition(".")
+        return one.name if every_one else f"{last_name(path)}.{leaf}", one.shape, one.reason
+
+    return [
+        {"left out": name, "tensors": len(alike), "shape": " × ".join(map(str, shape)), "why": reason}
+        for (name, shape, reason), alike in grouped(left_out, key).items()
     ]
-    if left:
-        print_table("", left)
 
 
 def _module_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
@@ -84,7 +96,7 @@ def _module_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
             "rank": one.rank,
             "change / weight": f"{one.change:.3g}",
             "energy kept": share(one.energy),
-            "error": f"{one.error:.2e}",
+            "error": ratio(one.error),
         }
         for one in sorted(modules, key=lambda one: by_number(one.path))
     ]
@@ -102,7 +114,7 @@ def _target_rows(modules: "Sequence[ExtractedModule]") -> list[dict[str, Any]]:
             "rank": span([one.rank for one in alike]),
             "change / weight": span([one.change for one in alike], ".3g"),
             "least energy kept": share(min(one.energy for one in alike)),
-            "worst error": f"{max(one.error for one in alike):.2e}",
+            "worst error": ratio(max(one.error for one in alike)),
         }
         for (name, form, shape), alike in groups.items()
     ]

@@ -29,7 +29,9 @@ from veneer.names import by_number, last_name
 if TYPE_CHECKING:
     from veneer.tools.merge_record import MergedModule
 
-EXAMPLE = "Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5"
+EXAMPLE = """Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5
+
+Example: veneer merge smollm2 runs/tickets/adapter models/tickets --dtype bfloat16 --gguf models/tickets.gguf"""
 
 
 def merge(

@@ -160,6 +160,16 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
     return groups
 
 
+def ratio(value: float) -> str:
+    """Return a relative error for people.
+
+    Example:
+        >>> ratio(0.0), ratio(0.0123)
+        ('0', '1.23e-02')
+    """
+    return f"{value:.2e}" if value else "0"
+
+
 def span(numbers: Sequence[float], form: str = "") -> str:
     """Return the least and the most of some numbers, once where they read the same; a dash where there are none.
 

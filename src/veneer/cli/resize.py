@@ -9,7 +9,9 @@ from veneer.cli.closeness import print_closeness, require_one, share
 from veneer.cli.output import Json, Overwrite, print_facts, print_result, size
 from veneer.cli.writing import check_folder
 
-EXAMPLE = "Example: veneer resize runs/tickets/adapter --energy 0.99 --out runs/tickets/small"
+EXAMPLE = """Example: veneer resize runs/tickets/adapter --rank 8 --out runs/tickets-r8
+
+Example: veneer resize runs/tickets/adapter --energy 0.99 --spread --out runs/tickets-small"""
 
 
 def resize(
@@ -34,6 +36,7 @@ def resize(
     before = veneer.load_adapter(adapter)
     made = veneer.resize(before, rank=rank, energy=energy, spread=spread)
     veneer.save_adapter(made.adapter, out, card=made.card(adapter), replace=overwrite)
+    same = before.digest == made.adapter.digest
     if as_json:
         sizes = {"num_bytes_before": before.num_bytes}
         print_result("resize", {"adapter": adapter}, made.to_json() | sizes, out=out)
@@ -46,6 +49,7 @@ def resize(
             "size": size(made.adapter.num_bytes),
             "energy kept": share(made.total.kept),
             "relative error": f"{made.total.error:.3g}",
+            **({"note": "no module needed a lower rank: the same adapter"} if same else {}),
         }
     )
     print_closeness(made.adapter, made.modules)

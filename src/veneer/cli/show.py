@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from veneer.tools.relate import ModuleRelation, Relation
     from veneer.tools.summarize import ModuleSummary, Summary, TargetSummary
 
-EXAMPLE = "Example: veneer show runs/tickets/adapter"
+EXAMPLE = """Example: veneer show runs/tickets/adapter --plot tickets.png
+
+Example: veneer show runs/tickets/adapter runs/tone/adapter"""
 
 _SHOWN = 3
 _WORDS = ("target", "form", "module")
