@@ -60,7 +60,7 @@ def test_resize_writes_what_the_library_makes(call, folders):
     ("arguments", "text"),
     [
         (("--weights", "1,x"), "expected numbers with commas"),
-        (("--weights", "1"), "weights: expected 2 numbers"),
+        (("--weights", "1"), "weights: expected a number for each adapter, 2 in all"),
         (("--module-weights", "q"), "expected PATTERN=W,W"),
         (("--module-weights", "z=1,1"), "stands for none"),
         (("--method", "tie"), "nearest: 'ties'"),

@@ -261,7 +261,7 @@ def test_other_bases_and_tasks_need_a_word():
         ({"weights": [1.0, "2"]}, "weights: '2' is no finite number"),
         ({"module_weights": {"qq": [1.0, 1.0]}}, "stands for none of 1 modules; nearest: 'q'"),
         ({"module_weights": {"(a+)+$": [1.0, 1.0]}}, "can take for ever"),
-        ({"module_weights": {"q": [1.0]}}, r"module_weights\['q'\]: expected 2 numbers"),
+        ({"module_weights": {"q": [1.0]}}, r"module_weights\['q'\]: expected a number for each adapter, 2 in all"),
         ({"density": 0.5}, "density: linear adds whole updates"),
         ({"method": "ties", "density": 0}, "density: expected a number above 0"),
         ({"method": "ties", "density": 1.5}, "density: expected a number above 0"),

@@ -50,9 +50,11 @@ def extract(
     check_folder(out, overwrite=overwrite)
     require_one(rank=rank, energy=energy)
     first, second = folder_of(base), folder_of(tuned)
-    name = base if first == base else veneer.find_source(base).name
+    called = base if first == base else veneer.find_source(base).name
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
-        found = veneer.extract(first, second, rank=rank, energy=energy, others=others, name=name, on_bytes=on_bytes)
+        found = veneer.extract(
+            first, second, rank=rank, energy=energy, others=others, base_name=name, on_bytes=on_bytes
+        )
     veneer.save_adapter(found.adapter, out, card=found.card(base, tuned), replace=overwrite)
     if as_json:
         print_result("extract", {"base": base, "tuned": tuned}, found.to_json(), out=out)

@@ -135,7 +135,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     others: Others = "list",
-    name: str | None = None,
+    base_name: str | None = None,
     on_bytes: OnBytes | None = None,
     fs: FileSystem = REAL,
 ) -> Extraction:
@@ -156,7 +156,7 @@ def extract(
         energy: Instead of a rank: the smallest for each module that holds this share of ‖tuned − base‖².
         others: What is done with tensors that differ and are no matrices (norms, biases): "list" leaves them out and
             says so, "keep" puts them in whole, "refuse" raises.
-        name: What the adapter calls its base; None is the folder.
+        base_name: What the adapter calls its base; None is the folder.
         on_bytes: Told how many bytes of the base were read, as they are.
         fs: Where both lie.
 
@@ -190,7 +190,7 @@ def extract(
             found.unchanged += 1
         else:
             _take(name, before, after, first, turned, choose, found)
-    return _extraction(found, others, name or str(base))
+    return _extraction(found, others, base_name or str(base))
 
 
 @dataclass(frozen=True)
