@@ -45,15 +45,31 @@ class VeneerError(Exception):
         return type(self), (self.message, self.problems)
 
 
-def shortened(problems: Sequence[str], most: int) -> list[str]:
+def shortened(problems: Sequence[str], most: int, count: int | None = None) -> list[str]:
     """Return the first problems, and a line that counts the others: a file of millions is told in a page.
 
+    Args:
+        problems: At least the first of them.
+        most: How many are told.
+        count: How many there are, where not all are given.
+
     Example:
-        >>> shortened(["a", "b", "c"], 2), shortened(["a"], 2)
-        (['a', 'b', '... and 1 more'], ['a'])
+        >>> shortened(["a", "b", "c"], 2), shortened(["a"], 2), shortened(["a"], 1, 9)
+        (['a', 'b', '... and 1 more'], ['a'], ['a', '... and 8 more'])
     """
-    left = len(problems) - most
+    left = (len(problems) if count is None else count) - min(most, len(problems))
     return [*problems[:most], *([f"... and {left} more"] if left > 0 else [])]
+
+
+def several(names: Sequence[str], most: int = 1) -> str:
+    """Return the first names on one line, and how many more there are.
+
+    Example:
+        >>> several(["q", "k", "v"]), several(["q", "k", "v"], 2), several(["q"])
+        ('q and 2 more', 'q, k and 1 more', 'q')
+    """
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 class ConfigError(VeneerError, ValueError):

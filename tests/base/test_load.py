@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 import veneer
 from veneer.base import load as load_module
+from veneer.base.cache import cache_folder
 from veneer.base.catalog import EMBEDDED
-from veneer.base.gguf import cache_folder, converted_gguf
+from veneer.base.gguf import converted_gguf
 from veneer.base.load import check_storage, compute_dtype, has_bf16_units, load_base, quantise_base
 from veneer.errors import BaseModelError, ConfigError
 from veneer.nn.fingerprint import fingerprint

@@ -93,7 +93,7 @@ def test_train_prints_one_object_and_lists_rows_left_out(call, run_file, rows):
     assert "Traceback" not in err
     code, out, err = call("train", run_file, "--skip-bad-rows", "--json")
     printed = json.loads(out)
-    assert (code, printed["bad_rows"]) == (0, 2)
+    assert (code, printed["num_bad_rows"], len(printed["bad_rows"])) == (0, 2, 2)
     assert "rows.jsonl:5" in err
 
 

@@ -36,14 +36,21 @@ def test_a_table_with_the_error_of_each_group(start, tmp_path):
 def test_json_for_machines(start, tmp_path):
     done = run(start, "--to", "kohya", "--out", tmp_path / "a.safetensors", "--json")
     said = json.loads(done.output)
-    assert (said["from"], said["to"], said["modules"]) == ("peft", "kohya", 3)
-    assert max(said["errors"].values()) == said["worst_error"] <= 1e-6
+    assert (said["from"], said["to"], len(said["modules"])) == ("peft", "kohya", 3)
+    assert max(one["relative_error"] for one in said["modules"]) == said["worst_error"] <= 1e-6
 
 
 def test_the_list_of_formats():
     assert "kohya" in run("--list").output
     names = [row["name"] for row in json.loads(run("--list", "--json").output)["formats"]]
     assert {"peft", "kohya", "diffusers"} <= set(names)
+
+
+def test_the_list_says_what_a_format_needs():
+    rows = {row["name"]: row for row in json.loads(run("--list", "--json").output)["formats"]}
+    assert rows["loralib"]["needs"] == ["--alpha ALPHA"]
+    assert rows["peft-bin"]["writes"] is False
+    assert "--base BASE" in run("--list").output
 
 
 def test_what_is_missing_is_told_at_once():
@@ -58,4 +65,4 @@ def test_misspelt_hints_are_told_all_at_once_before_anything_is_read(tmp_path):
     component, fused, style = caught.value.problems
     assert "'unt'; nearest: 'unet'" in component
     assert fused == "fused: expected one of part, whole, got 'prt'; nearest: 'part'"
-    assert style.startswith("style: expected one of new, old, oldest, got 'odl'")
+    assert style.startswith("style: expected one of new, old, oldest, flux, sd3, got 'odl'")

@@ -64,9 +64,9 @@ def test_merged_shown_and_extracted_again(run, tiny_base, adapter, tmp_path):
 def test_weights_dtype_and_json(run, tiny_base, adapter, tmp_path):
     options = ("--also", f"{adapter}=-0.5", "--weight", 2, "--dtype", "bfloat16", "--no-probe", "--json")
     found = json.loads(run("merge", tiny_base, adapter, tmp_path / "out", *options))
-    assert [weight for _, weight in found["adapters"]] == [2.0, -0.5]
-    assert found["dtype"] == "bfloat16"
-    assert found["probe"]["probed"] is False
+    assert [weight for _, weight in found["record"]["adapters"]] == [2.0, -0.5]
+    assert found["record"]["dtype"] == "bfloat16"
+    assert found["record"]["probe"]["probed"] is False
     shown = run("merge", tiny_base, adapter, tmp_path / "plain", "--no-probe")
     assert "copied bit for bit" in shown
     shown = run("merge", tiny_base, adapter, tmp_path / "rounded", "--no-probe", "--dtype", "bfloat16")
@@ -87,6 +87,22 @@ def test_mistakes_are_told(run, tiny_base, adapter, tmp_path):
         run("extract", tiny_base, tiny_base, "--out", adapter, "--rank", 2)
 
 
+def test_extract_groups_what_it_leaves_out_and_names_the_base_as_it_is_called(run, tiny_base, tmp_path, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    command = ("extract", tiny_base, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "x")
+    shown = run(*command).split("left out")[1]
+    assert "input_layernorm.weight" in shown
+    assert "model.layers.0" not in shown
+    assert "model.layers.0.input_layernorm.weight" in run(*command, "--overwrite", "--modules").split("left out")[1]
+    monkeypatch.setattr(extract, "folder_of", lambda base: {"org/base": str(tiny_base)}.get(base, base))
+    run("extract", "org/base", tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "y")
+    assert load_adapter(tmp_path / "y").metadata.base == "org/base"
+
+
 def test_extract_replaces_where_told_and_lists_modules_where_told(run, tiny_base, adapter, tmp_path):
     run("merge", tiny_base, adapter, tmp_path / "out", "--no-probe")
     extract = ("extract", tiny_base, tmp_path / "out", "--out", tmp_path / "again", "--rank", 2)
@@ -97,7 +113,7 @@ def test_extract_replaces_where_told_and_lists_modules_where_told(run, tiny_base
 
 
 def test_what_cannot_be_written_or_weighted_is_told_before_the_base_is_looked_for(run, adapter, tmp_path):
-    with pytest.raises(OutputError, match=r"exists already; choose another name$"):
+    with pytest.raises(OutputError, match=r"exists already; choose another name, or replace it with --overwrite$"):
         run("merge", tmp_path / "no base", adapter, tmp_path)
     with pytest.raises(ConfigError, match="a weight must be a finite number"):
         run("merge", tmp_path / "no base", adapter, tmp_path / "out", "--weight", "nan")

@@ -82,7 +82,7 @@ def test_check_has_exit_code_0_without_errors_and_1_with_errors(call, tmp_path):
     assert (code, "V101" in out, err) == (1, True, "")
     code, out, _ = call("check", tmp_path / "none", "--json")
     found = json.loads(out)
-    assert (code, found["errors"], found["findings"][0]["code"]) == (1, 1, "V101")
+    assert (code, found["num_errors"], found["findings"][0]["code"]) == (1, 1, "V101")
     assert set(found["findings"][0]) == {"code", "severity", "title", "where", "what", "meaning", "command"}
     code, _, err = call("check")
     assert (code, "expected an adapter" in err) == (2, True)
@@ -92,7 +92,7 @@ def test_check_asks_the_base(call, tmp_path, tiny_base):
     folder = save(tmp_path / "a")
     code, out, _ = call("check", folder, "--base", tiny_base, "--json")
     found = json.loads(out)
-    assert (code, found["errors"]) == (0, 0)
+    assert (code, found["num_errors"]) == (0, 0)
     assert found["effect"]["largest"] > 0
     assert found["effect"]["positions"] > 20
     out = call("check", folder, "--base", tiny_base)[1]
@@ -162,4 +162,4 @@ def test_findings_beyond_those_that_are_listed_are_counted(call, tmp_path, tiny_
     assert code == 1
     assert "30 errors" in shown
     _, shown, _ = call("check", tmp_path / "a", "--base", tiny_base, "--no-probe", "--json")
-    assert json.loads(shown)["errors"] == 30
+    assert json.loads(shown)["num_errors"] == 30

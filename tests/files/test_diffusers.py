@@ -1,6 +1,7 @@
 """diffusers' files: what diffusers wrote, its three styles, its scale, what is refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tests.files import single_files
+from tests.files.single_files import adapter_of
 
 from veneer.adapter import Adapter, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.files.diffusers import FILE, FORMAT, METADATA
+from veneer.files.diffusers import FORMAT, METADATA
 from veneer.files.diffusers_keys import parse_key
-from veneer.files.foreign import settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import recognise
-from veneer.files.tensors import dump_tensors
 from veneer.tools.compare import compare_deltas
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -26,20 +27,7 @@ Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 
 
-def read(folder, tensors, hints=None, metadata=None):
-    path = folder / FILE
-    path.write_bytes(dump_tensors(tensors, metadata))
-    return FORMAT.read(path, hints or Hints())
-
-
-def saved(adapter, folder, hints=None):
-    path = folder / FILE
-    path.write_bytes(b"".join(FORMAT.write(adapter, hints or Hints())[FILE]))
-    return path
-
-
-def adapter_of(modules, **more):
-    return Adapter(modules, settings_for(modules), **more)
+read, saved = partial(single_files.read, FORMAT), partial(single_files.saved, FORMAT)
 
 
 def pair(rank=2, scaling=1.0, dtype=torch.float32, **more):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.files import single_files
+from tests.files.single_files import adapter_of
 
 from veneer.adapter import Adapter, AdapterMetadata, LowRank, TokenRows
 from veneer.config import LoRAConfig
 from veneer.errors import AdapterError
-from veneer.files.foreign import settings_for
 from veneer.files.format import Hints
 from veneer.files.formats import recognise
-from veneer.files.kohya import FILE, FORMAT
+from veneer.files.kohya import FORMAT
 from veneer.files.shards import read_checkpoint
-from veneer.files.tensors import dump_tensors
 from veneer.tools.compare import compare_deltas
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -41,28 +42,11 @@ def base(expected, tmp_path_factory):
     return read_checkpoint(folder)
 
 
-def write(folder, tensors, metadata=None):
-    path = folder / "lora.safetensors"
-    path.write_bytes(dump_tensors(tensors, metadata))
-    return path
-
-
-def read(folder, tensors, hints=None, metadata=None):
-    return FORMAT.read(write(folder, tensors, metadata), hints or Hints())
+write, read, saved = (partial(one, FORMAT) for one in (single_files.write, single_files.read, single_files.saved))
 
 
 def linear(rank=2, out=3, inputs=4, name=Q):
     return {f"{name}.lora_down.weight": torch.randn(rank, inputs), f"{name}.lora_up.weight": torch.randn(out, rank)}
-
-
-def saved(adapter, folder, hints=None):
-    path = folder / FILE
-    path.write_bytes(b"".join(FORMAT.write(adapter, hints or Hints())[FILE]))
-    return path
-
-
-def adapter_of(modules, **more):
-    return Adapter(modules, settings_for(modules), **more)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "tucker", "dora", "loha", "lokr"])
@@ -137,6 +121,9 @@ def test_of_two_dtypes_the_wider_is_taken(dtype, tmp_path):
     assert pair.lora_A.dtype == pair.lora_B.dtype == torch.promote_types(dtype, torch.float32)
 
 
+FLUX_V = "transformer.transformer_blocks.0.attn.to_v"
+
+
 def fused(alpha=4.0):
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     up = torch.block_diag(*(torch.randn(5, 2) for _ in range(3)))
@@ -151,8 +138,8 @@ def test_layers_that_trained_apart_and_are_stored_as_one_are_told(tmp_path):
     name, tensors = fused()
     with pytest.raises(AdapterError, match=rf"{name}.*3 blocks.*scaling 2,.*scaling 0\.666667,.*--fused part"):
         read(tmp_path, tensors)
-    assert read(tmp_path, tensors, Hints(fused="part")).modules["unet.double_blocks.0.img_attn.qkv"].scaling == 2.0
-    assert read(tmp_path, tensors, Hints(fused="whole")).modules["unet.double_blocks.0.img_attn.qkv"].scaling == 4 / 6
+    assert read(tmp_path, tensors, Hints(fused="part")).modules[FLUX_V].scaling == 2.0
+    assert read(tmp_path, tensors, Hints(fused="whole")).modules[FLUX_V].scaling == 4 / 6
     with pytest.raises(AdapterError, match="expected 'part' or 'whole'"):
         read(tmp_path, tensors, Hints(fused="parts"))
 
@@ -161,7 +148,7 @@ def test_our_own_block_by_block_file_needs_no_word(tmp_path):
     _, tensors = fused()
     adapter = read(tmp_path, tensors, Hints(fused="part"))
     again = FORMAT.read(saved(adapter, tmp_path), Hints())
-    assert again.modules["unet.double_blocks.0.img_attn.qkv"].scaling == 2.0
+    assert again.modules[FLUX_V].scaling == 2.0
 
 
 def test_names_say_the_component_and_a_hint_picks_one(tmp_path):

@@ -1,5 +1,6 @@
 """State dicts of loralib and minLoRA: loralib's own files, round trips, and everything that is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ BASE = base_of(
 
 def test_what_loralib_wrote_is_read_as_it_merges_it():
     hints = Hints(base=read_checkpoint(GOLDEN / "base"), alpha=8)
-    adapter = read_loralib_pickle(GOLDEN / "lora.pt", hints, enabled=(True, False, True))
+    adapter = read_loralib_pickle(GOLDEN / "lora.pt", replace(hints, enabled=(True, False, True)))
     expected = load_file(GOLDEN / "expected.safetensors")
     assert {f"{path}.weight" for path in adapter.modules} == set(expected)
     for path, pair in adapter.modules.items():
@@ -55,7 +56,7 @@ def test_what_loralib_wrote_is_read_as_it_merges_it():
 
 def test_which_parts_of_a_fused_layer_is_asked_for():
     hints = Hints(base=read_checkpoint(GOLDEN / "base"), alpha=8)
-    with pytest.raises(AdapterError, match=r"qv: its 2 parts .* enabled=\(True, False, True\)"):
+    with pytest.raises(AdapterError, match=r"qv: its 2 parts .* --enabled yes,no,yes"):
         read_loralib_pickle(GOLDEN / "lora.pt", hints)
     with pytest.raises(AdapterError, match="qkv: 3 parts of a fused layer"):
         read_loralib_pickle(GOLDEN / "lora.pt", Hints(alpha=8))

@@ -21,7 +21,7 @@ from veneer.files.peft import load_adapter, save_adapter
 from veneer.files.shards import CONFIG, INDEX, WEIGHTS, read_checkpoint
 from veneer.nn.attach import attach, detach
 from veneer.tools.merge import merge
-from veneer.tools.merge_checkpoint import merge_files
+from veneer.tools.merge_checkpoint import Order, carry_out, merge_files
 from veneer.tools.merge_checkpoint_plan import sum_adapters
 from veneer.tools.merge_checkpoint_record import RECORD
 from veneer.tools.merge_weights import round_once
@@ -474,7 +474,7 @@ def test_a_folder_that_exists_and_a_disk_without_room_are_told_before_any_work(t
             return 10
 
     with pytest.raises(OutputError, match=r"it takes 0.0 MB, 0.0 MB are free there; make room"):
-        merge_files(base, parts, tmp_path / "new", fs=Full())
+        carry_out(Order(base, parts, tmp_path / "new"), Full())
 
 
 @pytest.mark.parametrize("mode", ["kill", "EIO", "ENOSPC", "short write"])
@@ -487,7 +487,7 @@ def test_at_whatever_operation_it_fails_nothing_is_there_or_all_of_it(tmp_path, 
         home.mkdir()
         fs = Faulty(tmp_path, at, mode)
         try:
-            merge_files(base, parts, home / "out", fs=fs)
+            carry_out(Order(base, parts, home / "out"), fs)
         except (VeneerError, OSError, KilledError):
             failed += 1
             if (home / "out").exists():

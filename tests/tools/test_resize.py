@@ -154,5 +154,6 @@ def test_the_record_says_from_what():
     adapter = adapter_of(q=pair_of("linear", 3, 0))
     found = resize(adapter, rank=1)
     told = found.to_json()
-    assert (told["of"], told["asked"]) == (adapter.digest, {"rank": 1, "energy": None, "spread": False})
+    assert told["of"] == [{"digest": adapter.digest}]
+    assert told["options"] == {"rank": 1, "energy": None, "spread": False}
     assert f"| runs/a | `{adapter.digest}` |" in found.card("runs/a")

@@ -5,13 +5,13 @@ second with the same logits. It is kept in a cache, under the digest of the file
 """
 
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
+from veneer.base.cache import cache_folder
 from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, DamagedArtefactError, MissingDependencyError
 from veneer.files.commit import commit_folder, verify_folder
@@ -21,15 +21,6 @@ log = logging.getLogger("veneer")
 
 CONVERSION = 1
 """Part of the cache's key: raise it when the same file gives another directory."""
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: `$VENEER_CACHE`, or `veneer` in the user's cache folder."""
-    own = os.environ.get("VENEER_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "veneer"
 
 
 def converted_gguf(path: Path, expected_sha256: str | None = None) -> Path:

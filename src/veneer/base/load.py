@@ -19,7 +19,7 @@ from transformers import (
 
 from veneer.base.quiet import quiet_transformers
 from veneer.base.source import Source, find_source
-from veneer.errors import BaseModelError, ConfigError
+from veneer.errors import BaseModelError, ConfigError, shortened
 from veneer.names import did_you_mean
 from veneer.nn.attach import require_bare
 from veneer.nn.heads import output_heads
@@ -237,7 +237,9 @@ def check_complete(found: Mapping[str, Any], name: str) -> None:
     problems = [f"{key}: {word}" for kind, word in kinds.items() for key in sorted(map(str, found.get(kind) or ()))]
     if problems:
         count = len(problems)
-        raise BaseModelError(f"base {name!r}: {count} weights of its file do not fit the model", problems[:20])
+        raise BaseModelError(
+            f"base {name!r}: {count} weights of its file do not fit the model", shortened(problems, 20)
+        )
 
 
 def compute_dtype(stored: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:

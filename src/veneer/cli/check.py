@@ -1,12 +1,13 @@
 """`veneer check`."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import veneer
 from veneer.cli.bases import checkpoint_of
-from veneer.cli.output import Json, Storage, log_to_stderr, print_facts, print_json, print_table
+from veneer.cli.output import Json, Storage, log_to_stderr, print_facts, print_result, print_table
 from veneer.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from veneer.tools.check_effect import Effect
     from veneer.tools.merge_probe import Probe
 
-EXAMPLE = "Example: veneer check runs/tickets/adapter --base smollm2"
+EXAMPLE = """Example: veneer check runs/tickets/adapter --base smollm2
+
+Example: veneer check downloads/lora.safetensors"""
 PROMPT = "Adapters change what a model says. The capital of France is Paris, and 2 + 2 = 4."
 """What a base with a tokenizer is asked, with the adapter and without."""
 
@@ -58,7 +61,7 @@ def check(
         model, ask = _load(base, storage) if probe else (checkpoint_of(base), None)
     report = veneer.check(adapter, base=model, probe=ask)
     if as_json:
-        print_json({"adapter": adapter, "base": base, **report.to_json()})
+        print_result("check", {"adapter": adapter, "base": base}, report.to_json())
     else:
         _print(adapter, report)
     if report.errors:
@@ -123,6 +126,7 @@ def _print_codes(as_json: bool) -> None:
         for row in veneer.CODES.values()
     ]
     if as_json:
-        print_json({"codes": rows})
+        told = [asdict(row) for row in veneer.CODES.values()]
+        print_result("check", {}, {"codes": told})
     else:
         print_table("", rows, fold=("what it means",))

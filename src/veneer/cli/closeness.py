@@ -1,11 +1,10 @@
 """What `combine` and `resize` show: how near an adapter is to what was meant, by modules alike."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli.output import print_table, span
-from veneer.errors import ConfigError, OutputError
+from veneer.cli.output import grouped, print_table, ratio, span
+from veneer.errors import ConfigError
 from veneer.names import last_name
 
 if TYPE_CHECKING:
@@ -15,11 +14,9 @@ if TYPE_CHECKING:
 
 def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> None:
     """Print ranks, kept energy and error of modules of one last name and size together."""
-    groups: dict[tuple[str, tuple[int, int]], list[Closeness]] = {}
-    for path, one in modules.items():
-        groups.setdefault((last_name(path), adapter.modules[path].sizes), []).append(one)
     rows = []
-    for (name, sizes), alike in groups.items():
+    for (name, sizes), paths in grouped(modules, lambda path: (last_name(path), adapter.modules[path].sizes)).items():
+        alike = [modules[path] for path in paths]
         norm = sum(one.norm**2 for one in alike) ** 0.5
         missed = sum(one.missed**2 for one in alike) ** 0.5
         rows.append(
@@ -31,8 +28,8 @@ def print_closeness(adapter: "Adapter", modules: "Mapping[str, Closeness]") -> N
                 "rank": span([one.rank for one in alike]),
                 "norm": f"{norm:.4g}",
                 "kept": share(1.0 - (missed / norm) ** 2 if norm else 1.0),
-                "error": f"{missed / norm if norm else 0.0:.2e}",
-                "worst error": f"{max(one.error for one in alike):.2e}",
+                "error": ratio(missed / norm if norm else 0.0),
+                "worst error": ratio(max(one.error for one in alike)),
             }
         )
     if rows:
@@ -61,14 +58,3 @@ def require_one(**options: object) -> None:
     """
     if sum(value is not None for value in options.values()) != 1:
         raise ConfigError(f"give {' or '.join(f'--{name}' for name in options)}, one of them")
-
-
-def require_free(out: str, overwrite: bool | None = None) -> None:
-    """Raise before any work where a folder could not be written in the end; None where a verb replaces nothing.
-
-    Raises:
-        OutputError: If it exists, and is not to be replaced.
-    """
-    if Path(out).exists() and not overwrite:
-        advice = "" if overwrite is None else ", or replace it with --overwrite"
-        raise OutputError(f"{out}: exists already; choose another name{advice}")

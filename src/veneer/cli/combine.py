@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import veneer
-from veneer.cli.closeness import print_closeness, require_free, share
-from veneer.cli.output import Json, print_facts, print_json, size
+from veneer.cli.closeness import print_closeness, share
+from veneer.cli.output import Json, Overwrite, print_facts, print_result, size
+from veneer.cli.writing import check_folder
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.tools.combine import Combination
 
-EXAMPLE = "Example: veneer combine runs/a/adapter runs/b/adapter --weights 0.7,0.3 --rank 16 --out runs/ab"
+EXAMPLE = """Example: veneer combine runs/a/adapter runs/b/adapter --weights 0.7,0.3 --rank 16 --out runs/ab
+
+Example: veneer combine runs/a/adapter runs/b/adapter --method ties --space core --density 0.5 --out runs/ab"""
 
 
 def combine(
@@ -41,7 +44,7 @@ def combine(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Combine although they were made for different bases or tasks.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make one adapter of several: the exact weighted sum of their updates, or another method.
@@ -49,7 +52,7 @@ def combine(
     Any ranks, scalings and kinds of layers mix, and no full update is formed for linear. The table tells how near the
     result is to what the method means.
     """
-    require_free(out, overwrite)
+    check_folder(out, overwrite=overwrite)
     given = {"density": density, "space": space}
     options: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     numbers = _numbers("--weights", weights) if weights is not None else None
@@ -68,7 +71,7 @@ def combine(
     )
     veneer.save_adapter(made.adapter, out, card=made.card(adapters), replace=overwrite)
     if as_json:
-        print_json({"adapter": out, **made.to_json()})
+        print_result("combine", {"adapters": adapters}, made.to_json(), out=out)
         return
     _print(out, made)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import veneer
-from veneer.cli.output import Json, log_to_stderr, print_facts, print_json, print_table, size
+from veneer.cli.output import Json, log_to_stderr, print_facts, print_result, print_table, size
 
 EXAMPLE = "Example: veneer demo --json"
 
@@ -22,7 +22,7 @@ def demo(
     log_to_stderr()
     result = veneer.run_demo(out, seed=seed)
     if as_json:
-        print_json(result.to_json())
+        print_result("demo", {}, result.to_json(), out=out)
         return
     print_facts(
         {

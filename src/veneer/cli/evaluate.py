@@ -17,9 +17,10 @@ from veneer.cli.output import (
     Storage,
     answers_bar,
     log_to_stderr,
+    num_bad_rows,
     print_bad_rows,
     print_facts,
-    print_json,
+    print_result,
     print_table,
 )
 from veneer.scoring.scores import check_scores
@@ -62,8 +63,9 @@ def evaluate(
         found = veneer.evaluate(model, opened.tokenizer, rows, sampling=sampling, on_done=on_done)
     print_bad_rows(found.bad_rows)
     if as_json:
-        answers = [asdict(answer) for answer in found.answers[:examples]]
-        print_json({**asdict(found), "answers": answers, "bad_rows": len(found.bad_rows)})
+        told = asdict(found) | {"answers": [asdict(answer) for answer in found.answers[:examples]]}
+        inputs = {"base": base, "data": data, "adapter": adapter}
+        print_result("eval", inputs, {"digest": opened.digest} | told | num_bad_rows(found.bad_rows))
         return
     print_facts(
         {

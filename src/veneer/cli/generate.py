@@ -8,7 +8,17 @@ import typer
 
 import veneer
 from veneer.cli.models import open_base, sampling_from
-from veneer.cli.output import AdapterFolder, AnyBase, Dtype, Json, Set, Storage, answers_bar, log_to_stderr, print_json
+from veneer.cli.output import (
+    AdapterFolder,
+    AnyBase,
+    Dtype,
+    Json,
+    Set,
+    Storage,
+    answers_bar,
+    log_to_stderr,
+    print_result,
+)
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +72,8 @@ def generate(
     with answers_bar(len(prompts)) as on_done:
         answers = veneer.generate(model, tokenizer, prompts, sampling=sampling, on_done=on_done)
     if as_json:
-        print_json({"answers": answers})
+        inputs = {"base": base, "adapter": adapter, "file": file}
+        print_result("generate", inputs, {"digest": opened.digest, "answers": answers})
         return
     print(*answers, sep="\n\n")
 

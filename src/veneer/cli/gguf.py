@@ -7,6 +7,7 @@ import typer
 
 import veneer
 from veneer.cli.output import size
+from veneer.cli.writing import check_place
 from veneer.errors import ConfigError, VeneerError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ GgufLike = Annotated[
 ]
 
 
-def like_of(base: str, folder: str, out: str, gguf: str | None, given: str | None) -> Path:
+def like_of(base: str, folder: str, out: str, gguf: str | None, given: str | None, *, overwrite: bool) -> Path:
     """Return the GGUF file that metadata and tokenizer are from; what stands against the export is said now.
 
     Raises:
@@ -40,16 +41,17 @@ def like_of(base: str, folder: str, out: str, gguf: str | None, given: str | Non
             f"--gguf: llama.cpp needs a tokenizer in its own words, which {base} has not; name a GGUF file of the same"
             " base, of any type: --gguf-like FILE.gguf"
         )
-    veneer.check_gguf(folder, like, gguf)
+    check_place(gguf)
+    veneer.check_gguf(folder, like, gguf, replace=overwrite)
     return like
 
 
-def write_gguf(folder: str, like: Path, gguf: str, *, probe: bool) -> "GgufExport":
+def write_gguf(folder: str, like: Path, gguf: str, *, probe: bool, overwrite: bool) -> "GgufExport":
     """Write the merged folder as GGUF, with the proof where it is asked for."""
     try:
         if not probe:  # without transformers
-            return veneer.export_gguf(folder, like, gguf)
-        return veneer.export_gguf(folder, like, gguf, prove=veneer.gguf_proof(folder))
+            return veneer.export_gguf(folder, like, gguf, replace=overwrite)
+        return veneer.export_gguf(folder, like, gguf, replace=overwrite, prove=veneer.gguf_proof(folder))
     except VeneerError as error:
         raise type(error)(f"{error.message}; {folder} was merged and stays", error.problems) from None
 

@@ -1,10 +1,13 @@
 """The `veneer` command: its verbs, and how errors reach people."""
 
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
 from veneer.cli import check, combine, convert, demo, evaluate, extract, generate, merge, resize, show, train
+from veneer.cli.output import print_error
 from veneer.errors import VeneerError
 
 _INTERRUPTED = 130
@@ -32,25 +35,43 @@ app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 
 
 def main() -> None:
-    """Run the command; what a user did wrong is one clear message on standard error and exit code 2."""
+    """Run the command; what a user did wrong is one clear message on standard error and exit code 2.
+
+    With --json a command that fails prints an object of one key, `error`, on standard output besides.
+    """
+    as_json = "--json" in sys.argv[1:]
     try:
-        app()
+        code = app(standalone_mode=not as_json)  # with --json, what was typed wrong comes back here
+        sys.exit(code)
     except VeneerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error, error.exit_code, error.message, error.problems, as_json=as_json)
+    except typer.TyperException as error:
+        _fail(error, error.exit_code, error.format_message(), as_json=as_json)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: nobody is left to be told
         sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission: the system's own words say it best
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError:  # where nothing could be cut smaller; what was committed stands
-        print("error: memory does not suffice; what was committed before stands", file=sys.stderr)
-        sys.exit(1)
+        _fail(error, 1, str(error), as_json=as_json)
+    except MemoryError as error:  # where nothing could be cut smaller; what was committed stands
+        _fail(error, 1, "memory does not suffice; what was committed before stands", as_json=as_json)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
             print("interrupted", file=sys.stderr)
+            if as_json:
+                print_error(KeyboardInterrupt(), _INTERRUPTED, "interrupted")
         raise
+    except Exception as error:  # ours to mend, so the traceback is shown
+        if as_json:
+            print_error(error, 1, str(error))
+        raise
+
+
+def _fail(error: Exception, exit_code: int, message: str, problems: Sequence[str] = (), *, as_json: bool) -> NoReturn:
+    """Say why a command failed, to people and, where they asked, to machines; and end."""
+    print(f"error: {message}" + "".join(f"\n  - {problem}" for problem in problems), file=sys.stderr)
+    if as_json:
+        print_error(error, exit_code, message, problems)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,30 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, bytes_bar, folder_of, weight_bytes
-from veneer.cli.closeness import require_free
 from veneer.cli.gguf import GgufFile, GgufLike, gguf_facts, like_of, write_gguf
-from veneer.cli.output import AnyBase, Json, log_to_stderr, print_facts, print_json, print_table, size, span
+from veneer.cli.output import (
+    AnyBase,
+    Json,
+    Modules,
+    Overwrite,
+    grouped,
+    log_to_stderr,
+    print_facts,
+    print_result,
+    print_table,
+    size,
+    span,
+)
+from veneer.cli.writing import check_folder
 from veneer.errors import ConfigError
 from veneer.names import by_number, last_name
 
 if TYPE_CHECKING:
     from veneer.tools.merge_record import MergedModule
 
-EXAMPLE = "Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5"
+EXAMPLE = """Example: veneer merge models/llama runs/tickets/adapter models/llama-tickets --also runs/tone/adapter=0.5
+
+Example: veneer merge smollm2 runs/tickets/adapter models/tickets --dtype bfloat16 --gguf models/tickets.gguf"""
 
 
 def merge(
@@ -36,7 +50,8 @@ def merge(
     gguf: GgufFile = None,
     gguf_like: GgufLike = None,
     any_base: AnyBase = False,
-    modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
+    modules: Modules = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a base model's files, shard by shard, and prove the result.
@@ -44,21 +59,27 @@ def merge(
     All other files are copied; veneer_merge.json in OUT says what was done.
     """
     log_to_stderr()
-    require_free(out)
+    check_folder(out, overwrite=overwrite)
     parts = [(adapter, weight), *(_weighted(one) for one in also or ())]
     if bad := [f"{one}: {number}" for one, number in parts if not math.isfinite(number)]:
         raise ConfigError("a weight must be a finite number", bad)
     folder = folder_of(base)
-    like = like_of(base, folder, out, gguf, gguf_like)
+    like = like_of(base, folder, out, gguf, gguf_like, overwrite=overwrite)
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
-            record = veneer.merge_checkpoint(folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
+            record = veneer.merge_checkpoint(
+                folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes, replace=overwrite
+            )
         else:  # without transformers
             values = [(veneer.load_adapter(one), each) for one, each in parts]
-            record = veneer.merge_files(folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes)
-    made = None if gguf is None else write_gguf(out, like, gguf, probe=probe)
+            record = veneer.merge_files(
+                folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes, replace=overwrite
+            )
+    made = None if gguf is None else write_gguf(out, like, gguf, probe=probe, overwrite=overwrite)
     if as_json:
-        print_json(record.to_json() | ({} if made is None else {"gguf": made.to_json()}))
+        inputs = {"base": base, "adapters": [one for one, _ in parts]}
+        told = {"record": record.to_json(), "gguf": None if made is None else made.to_json()}
+        print_result("merge", inputs, told, out=out)
         return
     found = record.probe
     print_facts(
@@ -95,9 +116,7 @@ def _module_rows(modules: "Sequence[MergedModule]") -> list[dict[str, Any]]:
 
 def _target_rows(modules: "Sequence[MergedModule]") -> list[dict[str, Any]]:
     """Return a row for each group of modules alike, with the least and the most of each figure."""
-    groups: dict[tuple[str, str, str], list[MergedModule]] = {}
-    for one in modules:
-        groups.setdefault((last_name(one.path), one.kind, _stored(one)), []).append(one)
+    groups = grouped(modules, lambda one: (last_name(one.path), one.kind, _stored(one)))
     return [
         {
             "target": name,

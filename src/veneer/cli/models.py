@@ -28,6 +28,11 @@ class Opened:
     dtype: str | None
 
     @property
+    def digest(self) -> str | None:
+        """The adapter's identity; None for the base alone."""
+        return None if self.adapter is None else self.adapter.digest
+
+    @property
     def positions(self) -> int | None:
         """How many tokens the model has positions for, where it says so."""
         return veneer.num_positions(veneer.load_config(self.source))

@@ -3,9 +3,9 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,7 +14,12 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Modules = Annotated[bool, typer.Option("--modules", help="A line for every module.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, if veneer wrote it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
 SkipBadRows = Annotated[
     bool,
@@ -31,8 +36,6 @@ Storage = Annotated[
     str | None,
     typer.Option("--storage", metavar="NAME", help="How the base's weights are stored: plain, int8 or nf4."),
 ]
-
-
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="What the base is computed in: float32, bfloat16 or float16."),
@@ -51,6 +54,30 @@ def log_to_stderr() -> None:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_result(command: str, inputs: Mapping[str, Any], found: Mapping[str, Any], *, out: object = None) -> None:
+    """Print what a verb did as one JSON object, which begins alike for every verb (docs/json.md).
+
+    Args:
+        command: The verb.
+        inputs: What was read, as it was typed, by the names of the arguments.
+        found: All other keys.
+        out: The folder or file that was written.
+    """
+    start = {"command": command, "inputs": dict(inputs), "out": None if out is None else str(out)}
+    print_json(start | dict(found))
+
+
+def print_error(error: BaseException, exit_code: int, message: str, problems: Sequence[str] = ()) -> None:
+    """Print why a command failed as one JSON object on standard output."""
+    told = {"type": type(error).__name__, "message": message, "problems": list(problems)}
+    print_json({"error": {**told, "exit_code": exit_code}})
+
+
+def num_bad_rows(bad_rows: Sequence[str]) -> dict[str, Any]:
+    """Return what JSON says of rows that were left out."""
+    return {"num_bad_rows": len(bad_rows), "bad_rows": list(bad_rows)}
 
 
 def print_table(
@@ -118,6 +145,29 @@ def size(num_bytes: int) -> str:
         if num_bytes >= factor:
             return f"{num_bytes:,} bytes ({num_bytes / factor:.1f} {unit})"
     return f"{num_bytes} bytes"
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return what is alike together, in the order in which it comes.
+
+    Example:
+        >>> grouped(["q", "kv", "k"], len)
+        {1: ['q', 'k'], 2: ['kv']}
+    """
+    groups: dict[Key, list[Item]] = {}
+    for one in items:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def ratio(value: float) -> str:
+    """Return a relative error for people.
+
+    Example:
+        >>> ratio(0.0), ratio(0.0123)
+        ('0', '1.23e-02')
+    """
+    return f"{value:.2e}" if value else "0"
 
 
 def span(numbers: Sequence[float], form: str = "") -> str:

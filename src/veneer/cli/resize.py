@@ -5,10 +5,13 @@ from typing import Annotated
 import typer
 
 import veneer
-from veneer.cli.closeness import print_closeness, require_free, require_one, share
-from veneer.cli.output import Json, print_facts, print_json, size
+from veneer.cli.closeness import print_closeness, require_one, share
+from veneer.cli.output import Json, Overwrite, print_facts, print_result, size
+from veneer.cli.writing import check_folder
 
-EXAMPLE = "Example: veneer resize runs/tickets/adapter --energy 0.99 --out runs/tickets/small"
+EXAMPLE = """Example: veneer resize runs/tickets/adapter --rank 8 --out runs/tickets-r8
+
+Example: veneer resize runs/tickets/adapter --energy 0.99 --spread --out runs/tickets-small"""
 
 
 def resize(
@@ -21,22 +24,22 @@ def resize(
     spread: Annotated[
         bool, typer.Option("--spread", help="Give ranks to modules by need: --rank is their mean, --energy of all.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make an adapter smaller: the best approximation of each update of a rank, or of the least rank that keeps enough.
 
     It works on the factors; the table tells what is lost.
     """
-    require_free(out, overwrite)
+    check_folder(out, overwrite=overwrite)
     require_one(rank=rank, energy=energy)
     before = veneer.load_adapter(adapter)
     made = veneer.resize(before, rank=rank, energy=energy, spread=spread)
     veneer.save_adapter(made.adapter, out, card=made.card(adapter), replace=overwrite)
+    same = before.digest == made.adapter.digest
     if as_json:
-        print_json(
-            {"adapter": out, "bytes_before": before.num_bytes, "bytes": made.adapter.num_bytes, **made.to_json()}
-        )
+        sizes = {"num_bytes_before": before.num_bytes}
+        print_result("resize", {"adapter": adapter}, made.to_json() | sizes, out=out)
         return
     print_facts(
         {
@@ -46,6 +49,7 @@ def resize(
             "size": size(made.adapter.num_bytes),
             "energy kept": share(made.total.kept),
             "relative error": f"{made.total.error:.3g}",
+            **({"note": "no module needed a lower rank: the same adapter"} if same else {}),
         }
     )
     print_closeness(made.adapter, made.modules)

@@ -6,16 +6,20 @@ import typer
 
 import veneer
 from veneer.cli.bases import BASE, checkpoint_of
-from veneer.cli.output import Json, print_facts, print_json, print_table, size
-from veneer.errors import ConfigError
-from veneer.names import by_number, last_name
+from veneer.cli.output import Json, Modules, grouped, print_facts, print_result, print_table, size
+from veneer.cli.writing import check_place
+from veneer.errors import AdapterError, ConfigError, several, shortened
+from veneer.names import by_number, did_you_mean, last_name
 
 if TYPE_CHECKING:
     from veneer.tools.relate import ModuleRelation, Relation
     from veneer.tools.summarize import ModuleSummary, Summary, TargetSummary
 
-EXAMPLE = "Example: veneer show runs/tickets/adapter"
+EXAMPLE = """Example: veneer show runs/tickets/adapter --plot tickets.png
 
+Example: veneer show runs/tickets/adapter runs/tone/adapter"""
+
+_SHOWN = 3
 _WORDS = ("target", "form", "module")
 
 
@@ -25,7 +29,7 @@ def show(
         str | None,
         typer.Argument(metavar="OTHER", help="A second adapter: say how the two relate.", show_default=False),
     ] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="A line for every module.")] = False,
+    modules: Modules = False,
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help=f"Give norms relative to this base's weights as well: {BASE}.")
     ] = None,
@@ -43,20 +47,40 @@ def show(
         if base is not None or plot is not None:
             raise ConfigError("--base and --plot are for one adapter; with two, `show` compares them with each other")
         relation = veneer.relate(veneer.load_adapter(adapter), veneer.load_adapter(other))
+        _require_common(relation, adapter, other)
         if as_json:
-            print_json(relation.to_json())
+            print_result("show", {"adapter": adapter, "other": other}, relation.to_json())
         else:
             _print_relation(relation, modules)
         return
+    if plot is not None:
+        check_place(plot)
     value = veneer.load_adapter(adapter)
     norms = None if base is None else veneer.weight_norms(checkpoint_of(base), value)
     summary = veneer.summarize(value, norms)
     if plot is not None:
         veneer.draw_summary(summary, plot)
     if as_json:
-        print_json(summary.to_json())
+        print_result("show", {"adapter": adapter, "base": base}, summary.to_json(), out=plot)
         return
     _print_summary(summary, modules)
+
+
+def _require_common(found: "Relation", first: str, second: str) -> None:
+    """Raise where two adapters have nothing that could be compared: figures of nothing would read as no relation.
+
+    Raises:
+        AdapterError: With what each has, and what may be the same under another name.
+    """
+    if found.modules or found.trained:
+        return
+    if found.unlike:
+        lines = [f"{path}: {why}" for path, why in found.unlike]
+        raise AdapterError(f"{first} and {second}: no module can be compared", shortened(lines, _SHOWN))
+    held = {first: found.only_first, second: found.only_second}
+    lines = [f"{name} has {several(paths, _SHOWN) or 'none'}" for name, paths in held.items()]
+    near = next((near for path in found.only_first[:_SHOWN] if (near := did_you_mean(path, found.only_second))), "")
+    raise AdapterError(f"{first} and {second} have no module in common, so nothing can be compared{near}", lines)
 
 
 def _print_summary(summary: "Summary", every_module: bool) -> None:
@@ -175,11 +199,8 @@ def _print_relation(found: "Relation", every_module: bool) -> None:
 
 def _relation_groups(found: "Relation") -> list[dict[str, Any]]:
     """Return a row for each name of a module, with means over the layers."""
-    groups: dict[str, list[ModuleRelation]] = {}
-    for one in found.modules:
-        groups.setdefault(last_name(one.path), []).append(one)
     rows = []
-    for name, alike in groups.items():
+    for name, alike in grouped(found.modules, lambda one: last_name(one.path)).items():
         cosines = [one.cosine for one in alike if one.cosine is not None]
         columns = [one.columns for one in alike if one.columns]
         inputs = [one.rows for one in alike if one.rows]
@@ -227,5 +248,4 @@ def _mean(values: list[float]) -> float:
 def _only(title: str, names: "tuple[str, ...] | list[str]") -> dict[str, str]:
     if not names:
         return {}
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return {title: f"{len(names)}: {', '.join(names[:3])}{more}"}
+    return {title: f"{len(names)}: {several(names, _SHOWN)}"}

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import veneer
-from veneer.cli.output import Json, Set, SkipBadRows, log_to_stderr, print_bad_rows, print_facts, print_json, size
+from veneer.cli.output import (
+    Json,
+    Set,
+    SkipBadRows,
+    log_to_stderr,
+    num_bad_rows,
+    print_bad_rows,
+    print_facts,
+    print_result,
+    size,
+)
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +56,7 @@ def train(
     result = veneer.run(run, existing="resume" if resume else "overwrite" if overwrite else "refuse", force=force)
     print_bad_rows(result.bad_rows)
     if as_json:
-        print_json(_as_json(result))
+        print_result("train", {"run_file": run_file}, _as_json(result), out=result.folder)
         return
     evaluation: dict[str, str] = {}
     if result.eval_loss is not None and result.eval_loss_before is not None:
@@ -73,16 +83,16 @@ def _as_json(result: "TrainResult") -> dict[str, Any]:
     return {
         "adapter": str(result.folder / "adapter"),
         "digest": result.adapter.digest,
-        "steps": result.steps,
+        "num_steps": result.steps,
         "loss": result.loss,
         "eval_loss_before": result.eval_loss_before,
         "eval_loss": result.eval_loss,
-        "tokens": result.tokens,
+        "num_tokens": result.tokens,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_rss_bytes": result.peak_rss_bytes,
-        "adapter_bytes": result.adapter.num_bytes,
-        "bad_rows": len(result.bad_rows),
+        "num_bytes": result.adapter.num_bytes,
+        **num_bad_rows(result.bad_rows),
         "never_trained": result.never_trained,
         "untrained": list(result.untrained),
         "unmoved": result.unmoved,

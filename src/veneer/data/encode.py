@@ -19,7 +19,7 @@ from veneer.data.chats import LostError, RowError, Turn, render, turns_of
 from veneer.data.encoded import EncodedRow, EncodedRows, Findings, RowSink, rows_of
 from veneer.data.shapes import ChatRow, CompletionRow, Prompt, Row, TextRow
 from veneer.data.tokens import OneByOne, Together, Tokens
-from veneer.errors import AdapterError, DataError
+from veneer.errors import AdapterError, DataError, shortened
 
 __all__ = [
     "EncodedRow",
@@ -105,9 +105,8 @@ def encode_rows(
 
 def refused(num_bad: int, num_rows: int, bad: Sequence[str], *, skip_bad_rows: bool) -> DataError:
     """Return the error that lists the first rows that cannot be trained on."""
-    more = [f"... and {num_bad - LISTED} more"] if num_bad > LISTED else []
     advice = "" if skip_bad_rows else "; mend them, or leave them out with --skip-bad-rows"
-    return DataError(f"{num_bad} of {num_rows} rows cannot be trained on{advice}", [*bad[:LISTED], *more])
+    return DataError(f"{num_bad} of {num_rows} rows cannot be trained on{advice}", shortened(bad, LISTED, num_bad))
 
 
 @dataclass

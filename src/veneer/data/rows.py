@@ -12,7 +12,6 @@ One file holds rows of one shape: JSON Lines in UTF-8, CSV with a header (the la
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 
 from veneer.data.records import Record, RowFiles, Tick, digest_of, find_rows, records
 from veneer.data.shapes import (
@@ -27,7 +26,7 @@ from veneer.data.shapes import (
     as_prompt,
     as_row,
 )
-from veneer.errors import DataError
+from veneer.errors import DataError, shortened
 
 __all__ = [
     "ChatRow",
@@ -201,11 +200,10 @@ class _Tally:
         if self.num_rows and not whole and (self.skip_bad_rows or not self.num_bad):
             return
         bad = (self.found.problem(one, one[3]) for one in self.bad)
-        listed = list(chain(whole, bad))[:LISTED]
         count = self.num_whole + bool(self.other) + self.num_bad
         if not count:
             raise DataError(f"{self.found.source(0, 1)}: the file holds no rows; it needs at least one")
-        listed += [f"... and {count - len(listed)} more"] * (count > len(listed))
+        listed = shortened([*whole, *bad], LISTED, count)
         if whole:
             raise DataError(f"{path}: the file cannot be used", listed)
         can_skip = self.answers and self.num_rows and not self.skip_bad_rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-from veneer.errors import DataError
+from veneer.errors import DataError, shortened
 from veneer.names import did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -147,7 +147,7 @@ def column_problems(columns: Sequence[str], answers: bool, *, dialogues: bool) -
 
 def join_problems(problems: Sequence[str]) -> str:
     """Put the problems of one row on its one line, the first three of them."""
-    return "; ".join([*problems[:3], *[f"and {len(problems) - 3} more"] * (len(problems) > 3)])
+    return "; ".join(shortened(problems, 3))
 
 
 @lru_cache(maxsize=256)  # a file has few sets of keys, and near names take time to find

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from veneer.base.gguf import cache_folder
+from veneer.base.cache import cache_folder
 from veneer.data.encode import LISTED, Gathered, TogetherDiffersError, encode_stream, refused
 from veneer.data.encoded import Buffer, EncodedRows, Findings, Places, RowSink, rows_of
 from veneer.data.records import RowFiles, Tick, digest_of, find_rows

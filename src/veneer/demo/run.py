@@ -76,7 +76,10 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
-        return asdict(self)
+        told = asdict(self)
+        renamed = {"num_rows": "rows", "num_train_rows": "train_rows", "num_bytes": "adapter_bytes"}
+        adapter = {"adapter": f"{told.pop('folder')}/adapter"}
+        return adapter | {new: told.pop(old) for new, old in renamed.items()} | told
 
 
 def run_demo(out: str = "runs/demo", *, seed: int = 0, num_train: int = NUM_TRAIN) -> DemoResult:

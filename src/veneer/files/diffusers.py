@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter import Adapter, LowRank
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, several
 from veneer.factors import conv_groups
 from veneer.files.components import COMPONENTS, component_of, likely_component, select, under
 from veneer.files.diffusers_keys import STYLES, Key, old_key, oldest_key, parse_key
@@ -186,7 +186,7 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
     modules = under(hints.component, adapter.modules)
     if lost := [path for path in modules if component_of(path) is None]:
         problems.append(
-            f"{lost[0]} and {len(lost) - 1} more: begin with no component ({', '.join(COMPONENTS)}); say which they"
+            f"{several(lost)}: begin with no component ({', '.join(COMPONENTS)}); say which they"
             " are of with --component"
         )
     problems += [

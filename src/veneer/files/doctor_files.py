@@ -8,7 +8,7 @@ from pathlib import Path
 from veneer.errors import DamagedArtefactError, VeneerError
 from veneer.files.doctor_codes import Finding
 from veneer.files.filesystem import FileSystem
-from veneer.files.formats import PEFT, recognise
+from veneer.files.formats import FORMATS, PEFT, recognise
 from veneer.files.manifest import MANIFEST, read_manifest
 from veneer.files.peft_folder import CONFIG, TENSORS
 from veneer.names import did_you_mean
@@ -75,9 +75,15 @@ def look(path: Path, name: str, fs: FileSystem) -> Place:
 
 
 def convert_command(place: Place, *, to: str = "peft", pickle: bool = False) -> str:
-    """Return the command that makes an adapter in PEFT's layout of other files."""
-    out = f"{place.name.rstrip('/')}-{to}"
-    return f"veneer convert {shlex.quote(place.name)} --to {to} --out {shlex.quote(out)}" + " --allow-pickle" * pickle
+    """Return the command that makes PEFT's layout of other files; what only the user knows stands in capitals."""
+    name = place.name.rstrip("/") or place.name
+    out = name if place.is_folder else str(Path(name).with_suffix(""))
+    more = list(FORMATS[place.format].needs) if place.format else []
+    if pickle:
+        # What wrote a pickle cannot be seen without opening it, but for PEFT's by what lies beside it.
+        more = ["--allow-pickle"] if CONFIG in place.names else ["--from FORMAT", "--allow-pickle"]
+    start = f"veneer convert {shlex.quote(name)} --to {to} --out {shlex.quote(f'{out}-{to}')}"
+    return " ".join([start, *more])
 
 
 def is_there(place: Place) -> Iterator[Finding]:
@@ -85,7 +91,10 @@ def is_there(place: Place) -> Iterator[Finding]:
     if place.problem or not place.exists:
         yield Finding("V101", place.name, place.problem or "no such file or folder")
     elif not place.is_folder and not place.format and not place.pickles:
-        yield Finding("V102", place.name, f"a single file; expected a folder with {CONFIG} and {TENSORS}")
+        command = None
+        if place.path.name == TENSORS and _is_file(place.path.parent / CONFIG, place.fs):
+            command = f"veneer check {shlex.quote(str(place.path.parent))}"
+        yield Finding("V102", place.name, f"a single file; expected a folder with {CONFIG} and {TENSORS}", command)
 
 
 def whose(place: Place) -> Iterator[Finding]:
@@ -113,9 +122,13 @@ def regular(place: Place) -> Iterator[Finding]:
 def pickled(place: Place) -> Iterator[Finding]:
     """Find pickles: in the place of the tensors, or beside them."""
     is_alone = TENSORS not in place.names
+    formats = ", ".join(one.name for one in FORMATS.values() if one.is_pickle)
+    unknown = "" if CONFIG in place.names else f"; what wrote it cannot be seen, FORMAT is one of {formats}"
     for name in place.pickles:
         if is_alone or name == TENSORS or not place.is_folder:
-            yield Finding("V104", name, "a pickle, by its name or its first bytes", convert_command(place, pickle=True))
+            yield Finding(
+                "V104", name, f"a pickle, by its name or its first bytes{unknown}", convert_command(place, pickle=True)
+            )
         elif name == _PICKLE:
             yield Finding("V105", name, f"a pickle beside {TENSORS}, which alone is read")
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from veneer.adapter import Adapter
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, several
 from veneer.files.doctor_codes import Finding
 from veneer.files.doctor_files import Place, convert_command
+from veneer.files.manifest import MANIFEST
 from veneer.files.patterns import divisor, resolve
 from veneer.files.peft_folder import CONFIG, TENSORS
 from veneer.files.peft_layout import owner_of
@@ -53,9 +54,9 @@ def unusual_scaling(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Findin
     """Find scalings far from what people use."""
     least, most = USUAL_SCALING
     far = {path: pair for path, pair in adapter.modules.items() if not least <= abs(pair.scaling) <= most}
-    for scaling, count in Counter(pair.scaling for pair in far.values()).items():
-        first = next(path for path, pair in far.items() if pair.scaling == scaling)
-        yield Finding("V212", first + _more(count), f"scaling {scaling:.4g}, usual is {least:.3g} to {most:g}")
+    for scaling in dict.fromkeys(pair.scaling for pair in far.values()):
+        alike = [path for path, pair in far.items() if pair.scaling == scaling]
+        yield Finding("V212", several(alike), f"scaling {scaling:.4g}, usual is {least:.3g} to {most:g}")
 
 
 def rank_stabilised(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding]:  # noqa: ARG001
@@ -86,12 +87,11 @@ def several_dtypes(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding
 
 
 def carried_weights(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding]:  # noqa: ARG001
-    """Find base weights that PEFT saved along."""
-    if paths := [path for path, _ in adapter.metadata.base_weights]:
+    """Find base weights that PEFT saved along; of what we write only the manifest speaks of them, by their digests."""
+    paths = [path for path, _ in adapter.metadata.base_weights]
+    if paths and MANIFEST not in place.files:
         command = convert_command(place)
-        yield Finding(
-            "V310", TENSORS, f"the base's own weights of {', '.join(paths[:3])}{_more(len(paths), 3)}", command
-        )
+        yield Finding("V310", TENSORS, f"the base's own weights of {several(paths, 3)}", command)
 
 
 def tables_and_heads(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding]:  # noqa: ARG001
@@ -107,7 +107,7 @@ def old_experts(adapter: Adapter, raw: Raw, place: Place) -> Iterator[Finding]: 
     paths = [path for path, pair in adapter.modules.items() if pair.form == "experts_by_position"]
     if paths:
         version = raw.get("peft_version") or "before 0.18"
-        yield Finding("V315", paths[0] + _more(len(paths)), f"written by PEFT {version}")
+        yield Finding("V315", several(paths), f"written by PEFT {version}")
 
 
 SUSPICIONS: tuple[Callable[[Adapter, Raw, Place], Iterator[Finding]], ...] = (
@@ -122,7 +122,3 @@ SUSPICIONS: tuple[Callable[[Adapter, Raw, Place], Iterator[Finding]], ...] = (
     old_experts,
 )
 """What is looked for in an adapter that can be read; a new one is a function and its name here."""
-
-
-def _more(count: int, shown: int = 1) -> str:
-    return f" and {count - shown} more" if count > shown else ""

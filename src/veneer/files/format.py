@@ -22,7 +22,10 @@ class Hints:
             that model; what is written is said to be of it.
         fused: For layers that were trained in parts and stored as one (a packed qkv): whether their alpha counts for
             the `part` or for the `whole`. Files do not tell.
-        style: Which of its namings a format writes, where it has several; None is the newest.
+        style: Which of its namings a format writes, where it has several; None is the newest. Of diffusers `new`, `old`
+            or `oldest`, of kohya `flux` or `sd3`: the names that sd-scripts and ComfyUI have for those models.
+        enabled: For loralib's MergedLinear, of which only some parts may have factors: its `enable_lora`, such as
+            (True, False, True).
 
     Example:
         >>> Hints(alpha=16.0).base is None
@@ -34,6 +37,7 @@ class Hints:
     component: str | None = None
     fused: str | None = None
     style: str | None = None
+    enabled: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Format:
         file: The name of its only file, where it is a single one; None for a folder of several.
         is_pickle: Whether its files are pickles, which only an explicit command opens, in a process of their own.
         has_components: Whether its tensors' names begin with a part of a pipeline.
+        needs: Options that `veneer convert` cannot read its files without, as they are typed.
     """
 
     name: str
@@ -79,3 +84,4 @@ class Format:
     file: str | None = None
     is_pickle: bool = False
     has_components: bool = False
+    needs: tuple[str, ...] = ()

@@ -128,6 +128,13 @@ def recognise(path: str | Path, formats: Mapping[str, Format] = FORMATS, *, fs: 
         raise AdapterError(f"{path}: could be of the format {names}; say which with --from")
     seen = ", ".join([*map(repr, sight.keys[:_SHOWN]), *(["…"] if len(sight.keys) > _SHOWN else [])])
     what = f"its tensors are {seen}" if sight.keys else f"it holds {', '.join(sight.files[:8]) or 'nothing'}"
+    if sight.path.name in (TENSORS, pickles.PEFT_BIN) and fs.exists(sight.path.parent / CONFIG):
+        raise AdapterError(f"{path}: is a part of the folder {sight.path.parent}, which says what it is; name that")
+    if any(name.endswith(pickles.SUFFIXES) for name in sight.files) and not sight.keys:
+        names = ", ".join(one.name for one in formats.values() if one.is_pickle)
+        raise AdapterError(
+            f"{path}: a pickle, and what wrote it cannot be seen before it is opened; say it: --from {names}"
+        )
     raise AdapterError(
         f"{path}: of no format that is known ({what}); name one with --from if it is",
         [f"{one.name}: {one.title}" for one in formats.values()],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, MissingDependencyError
+from veneer.errors import AdapterError, MissingDependencyError, shortened
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.tensors import MAX_TENSORS
 
@@ -138,7 +138,7 @@ def read_gguf_head(path: str | Path, *, fs: FileSystem = REAL) -> Head:
         if entry.offset % alignment or head.start + entry.offset + (length or 0) > size:
             problems.append(f"{entry.name[:80]!r}: its values lie at {entry.offset}, which is not possible")
     if problems:
-        raise AdapterError(f"{path}: its tensors do not fit the file", problems[:_SHOWN])
+        raise AdapterError(f"{path}: its tensors do not fit the file", shortened(problems, _SHOWN))
     return head
 
 
@@ -339,7 +339,7 @@ def _tensors(entries: list[Entry], data: bytes, start: int, alignment: int, wher
     if not problems and entries and not 0 <= left < alignment:
         problems.append(f"the tensors end {abs(left)} bytes {'before' if left > 0 else 'behind'} the file")
     if problems:
-        raise AdapterError(f"{where}: its tensors do not fit the file", problems[:_SHOWN])
+        raise AdapterError(f"{where}: its tensors do not fit the file", shortened(problems, _SHOWN))
     return {entry.name: _values(entry, data[start + offset : start + offset + size]) for offset, size, entry in ranges}
 
 

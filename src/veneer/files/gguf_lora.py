@@ -198,7 +198,15 @@ def write_gguf_lora(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     return {FILE: dump_gguf(fields, tensors)}
 
 
-FORMAT = Format("gguf", "GGUF LoRA for llama.cpp", _recognise, read_gguf_lora, write_gguf_lora, file=FILE)
+FORMAT = Format(
+    "gguf",
+    "GGUF LoRA for llama.cpp",
+    _recognise,
+    read_gguf_lora,
+    write_gguf_lora,
+    file=FILE,
+    needs=("--base BASE",),
+)
 
 
 def _family(hints: Hints | None, where: str) -> tuple[Checkpoint, Family]:

@@ -18,7 +18,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.errors import AdapterError
 from veneer.factors import conv_groups
-from veneer.files.components import components_in, select, under
+from veneer.files.components import component_of, components_in, select, under
 from veneer.files.filesystem import Content
 from veneer.files.foreign import (
     ENOUGH,
@@ -40,7 +39,9 @@ from veneer.files.foreign import (
     unfit,
 )
 from veneer.files.format import Format, Hints, Sight
+from veneer.files.kohya_fused import fused_parts
 from veneer.files.kohya_names import PREFIXES, Names, flat, grammar_path, prefix_for, split_prefix
+from veneer.files.kohya_originals import COMPONENT, FAMILIES, Layer, join, layers_named, split
 from veneer.files.kohya_other import LEAVES as OTHER_LEAVES
 from veneer.files.kohya_other import alpha_of, read_others
 from veneer.files.kohya_trained import LEAVES as WHOLE_LEAVES
@@ -71,7 +72,6 @@ _REFUSED = (
 )
 _OURS = "veneer"
 _BASE, _DROPOUT = "ss_sd_model_name", "ss_network_dropout"
-_MOST_PARTS = 8
 _MOST_NAMES = 1000
 
 
@@ -104,7 +104,8 @@ def _read(path: Path, hints: Hints) -> Adapter | OtherAdapter:
     problems: list[str] = []
     noted = _read_noted(file, problems)
     named = _by_name(file.tensors, problems)
-    paths = _paths(named, hints, noted, problems)
+    originals = _originals(named, noted)
+    paths = _paths(named, hints, noted, originals, problems)
     refuse(file.path, "its tensors cannot be used", problems)
     modules = {paths[name]: parts for name, parts in named.items()}
     others = {path: parts for path, parts in modules.items() if set(parts) & set(OTHER_LEAVES)}
@@ -121,8 +122,16 @@ def _read(path: Path, hints: Hints) -> Adapter | OtherAdapter:
             except AdapterError as error:
                 problems.append(f"{name}: {error.message}")
                 continue
+            if name in originals and paths[name] == _original_path(originals[name]):
+                pairs |= _split(name, originals[name], pair, problems)
+                continue
             pairs[paths[name]] = replace(pair, form="transposed") if name in noted.transposed else pair
     trained, saved = read_whole(modules, hints, problems)
+    problems += [
+        f"{name}: has what trained whole, which is not read of a layer under its original name"
+        for name, layer in originals.items()
+        if set(named[name]) & set(WHOLE_LEAVES) and paths[name] == _original_path(layer)
+    ]
     refuse(file.path, "its tensors cannot be used", problems)
     config = settings_for(pairs, saved=saved)
     if any(path.removesuffix(".bias") in pairs for path in trained):
@@ -130,6 +139,28 @@ def _read(path: Path, hints: Hints) -> Adapter | OtherAdapter:
     config = config.model_copy(update={"dropout": _dropout(file.metadata)})
     metadata = AdapterMetadata(base=file.metadata.get(_BASE) or None)
     return select(Adapter(pairs, config, trained, metadata), hints.component, file.path)
+
+
+def _originals(named: Mapping[str, Mapping[str, Tensor]], noted: _Noted) -> dict[str, Layer]:
+    """Return the layers of the names that are Flux's or Stable Diffusion 3's own, where all of a model's are."""
+    starts = {name: found[2] for name in named if (found := split_prefix(name)) and found[1] == "unet"}
+    if noted.paths.keys() & starts.keys() or any(set(parts) & set(OTHER_LEAVES) for parts in named.values()):
+        return {}
+    layers = layers_named(starts.values())
+    return {name: layers[rest] for name, rest in starts.items() if rest in layers}
+
+
+def _original_path(layer: Layer) -> str:
+    return f"{COMPONENT}.{layer.original}"
+
+
+def _split(name: str, layer: Layer, pair: LowRank, problems: list[str]) -> dict[str, LowRank]:
+    """Return the factors by diffusers' paths."""
+    try:
+        return under(COMPONENT, split(layer, pair))
+    except AdapterError as error:
+        problems.append(f"{name}: {error.message}")
+        return {}
 
 
 def _dropout(metadata: Mapping[str, str]) -> float:
@@ -166,7 +197,11 @@ def _by_name(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, di
 
 
 def _paths(
-    named: Mapping[str, Mapping[str, Tensor]], hints: Hints, noted: _Noted, problems: list[str]
+    named: Mapping[str, Mapping[str, Tensor]],
+    hints: Hints,
+    noted: _Noted,
+    originals: Mapping[str, Layer],
+    problems: list[str],
 ) -> dict[str, str]:
     """Return the path of each name, the part of the pipeline first; two names of one path are a problem."""
     base = Names(hints.base.tensors) if hints.base else None
@@ -182,7 +217,9 @@ def _paths(
             continue
         _, component, rest = prefixed or ("", None, name)
         try:
-            if base is not None:
+            if name in originals and not (base is not None and base.has(rest, component)):
+                component, path = COMPONENT, originals[name].original
+            elif base is not None:
                 path = base.path(rest, component)
             elif name in noted.paths:
                 path = noted.paths[name]
@@ -255,28 +292,6 @@ def _scaling(parts: Mapping[str, Tensor], pair: LowRank, hints: Hints, noted: _N
     return alpha * (count if count and hints.fused == "part" else 1) / pair.rank
 
 
-def fused_parts(pair: LowRank) -> int:
-    """Return how many blocks a lora_B of fused layers has: each part of the ranks writes its own rows; 0 for none.
-
-    Example:
-        >>> B = torch.block_diag(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2))
-        >>> fused_parts(LowRank(torch.ones(6, 4), B, 1.0))
-        3
-    """
-    if pair.form != "linear":
-        return 0
-    written = pair.lora_B != 0
-    for count in range(min(_MOST_PARTS, pair.rank), 1, -1):
-        if pair.rank % count:
-            continue
-        rows = [block.any(1).nonzero().flatten() for block in written.chunk(count, 1)]
-        if all(len(one) for one in rows) and all(
-            int(before.max()) < int(after.min()) for before, after in pairwise(rows)
-        ):
-            return count
-    return 0
-
-
 def _read_noted(file: Single, problems: list[str]) -> _Noted:
     """Return what our own writer said in the header; a path must be what its name stands for."""
     text = file.metadata.get(_OURS)
@@ -307,8 +322,14 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
         for path, pair in adapter.modules.items()
         if pair.form == "conv" and conv_groups(pair.lora_A, pair.lora_B) != 1
     ]
-    alpha = _common_alpha(adapter.modules)
-    modules = under(hints.component, {path: _at_alpha(pair, alpha) for path, pair in adapter.modules.items()})
+    if hints.style is not None and hints.style not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise AdapterError(f"style: expected one of {known}, got {hints.style!r}{did_you_mean(hints.style, FAMILIES)}")
+    placed = under(hints.component, adapter.modules)
+    if hints.style is not None:
+        placed = _under_originals(placed, adapter, hints.style, problems)
+    alpha = _common_alpha(placed)
+    modules = {path: _at_alpha(pair, alpha) for path, pair in placed.items()}
     named = _names(modules, under(hints.component, adapter.trained), problems)
     tensors: dict[str, Tensor] = {}
     for path, pair in modules.items():
@@ -320,7 +341,24 @@ def _write(adapter: Adapter, hints: Hints) -> dict[str, Content]:
             tensors[f"{named[module]}.{leaf}"] = one
     problems += non_finite(tensors)
     refuse("kohya", "the format cannot carry this adapter", problems)
-    return {FILE: tensor_pieces(tensors, _metadata(modules, named, alpha) | _origin(adapter))}
+    return {FILE: tensor_pieces(tensors, _metadata(modules, named, alpha, hints.style) | _origin(adapter))}
+
+
+def _under_originals(
+    modules: Mapping[str, LowRank], adapter: Adapter, family: str, problems: list[str]
+) -> dict[str, LowRank]:
+    """Return the modules with those of the transformer under a family's own names, which sd-scripts calls `unet`."""
+    ours = {path: pair for path, pair in modules.items() if component_of(path) == COMPONENT}
+    if not ours:
+        problems.append(f"nothing is of the {COMPONENT}, which {family} has names for; say so with --component")
+    if any(component_of(path) in (COMPONENT, None) for path in adapter.trained):
+        problems.append(f"{next(iter(adapter.trained))}: trained whole, which {family}'s own names are not written for")
+    try:
+        joined = join({path.removeprefix(f"{COMPONENT}."): pair for path, pair in ours.items()}, family)
+    except AdapterError as error:
+        problems += error.problems
+        return dict(modules)
+    return under("unet", joined) | {path: pair for path, pair in modules.items() if path not in ours}
 
 
 def _origin(adapter: Adapter) -> dict[str, str]:
@@ -372,16 +410,19 @@ def _names(modules: Mapping[str, Any], trained: Mapping[str, Tensor], problems: 
     return named
 
 
-def _metadata(modules: Mapping[str, LowRank], named: Mapping[str, str], alpha: float) -> dict[str, str]:
+def _metadata(
+    modules: Mapping[str, LowRank], named: Mapping[str, str], alpha: float, family: str | None
+) -> dict[str, str]:
     """Return sd-scripts' metadata, and what names alone would not tell."""
     paths = {}
     for path, name in named.items():
-        split = split_prefix(name)
-        if split is None:
+        found = split_prefix(name)
+        if found is None:
             continue
-        rest = path if split[1] is None else path.removeprefix(f"{split[1]}.")
+        rest = path if found[1] is None else path.removeprefix(f"{found[1]}.")
+        is_original = found[1] == "unet" and bool(layers_named([found[2]]))
         try:
-            told = grammar_path(split[2]) == rest
+            told = is_original if family and found[1] == "unet" else not is_original and grammar_path(found[2]) == rest
         except AdapterError:
             told = False
         if not told:

@@ -73,16 +73,23 @@ def flat(path: str) -> str:
 def split_prefix(name: str) -> tuple[str, str | None, str] | None:
     """Return a name's prefix, the part of the pipeline that it says, and the rest; None where it has no known prefix.
 
-    A file may say the part twice (`lora_unet_unet_…`, from converters of diffusers' keys); that is once too often.
+    A file may say the part twice (`lora_unet_unet_…`, from converters of diffusers' keys); that is once too often. But
+    the blocks of a transformer are called `transformer_blocks` themselves.
 
     Example:
         >>> split_prefix("lora_te2_text_model_encoder"), split_prefix("q_proj")
         (('lora_te2', 'text_encoder_2', 'text_model_encoder'), None)
+        >>> split_prefix("lora_transformer_transformer_blocks_0_norm1_linear")[2]
+        'transformer_blocks_0_norm1_linear'
     """
     for prefix, component in PREFIXES.items():
         if name.startswith(f"{prefix}_"):
             rest = name.removeprefix(f"{prefix}_")
-            if component is not None and rest.startswith(f"{component}_"):
+            if (
+                component is not None
+                and rest.startswith(f"{component}_")
+                and not rest.startswith("transformer_blocks_")
+            ):
                 rest = rest.removeprefix(f"{component}_")
             return prefix, component, rest
     return None
@@ -195,6 +202,19 @@ class Names:
         self._by_flat: dict[str, list[str]] = {}
         for path in sorted({name.rpartition(".")[0] for name in base} - {""}):
             self._by_flat.setdefault(flat(path), []).append(path)
+
+    def has(self, rest: str, component: str | None) -> bool:
+        """Tell whether a name without its prefix stands for a module of the base.
+
+        Example:
+            >>> Names(["double_blocks.0.img_mod.lin.weight"]).has("double_blocks_0_img_mod_lin", "unet")
+            True
+        """
+        try:
+            self.path(rest, component)
+        except AdapterError:
+            return False
+        return True
 
     def path(self, rest: str, component: str | None) -> str:
         """Return the base's module of a name without its prefix; of an original U-Net name, diffusers' one for it.

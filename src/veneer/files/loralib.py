@@ -45,6 +45,7 @@ from veneer.files.translate import (
 from veneer.names import did_you_mean
 
 FILE = "lora.safetensors"
+NEEDS = ("--alpha ALPHA",)
 
 _PROGRAM = "loralib"
 _KEY = re.compile(r"(?P<path>.+?)(?P<stacked>\.parametrizations\.weight\.(?P<place>\d+))?\.lora_(?P<side>[AB])")
@@ -56,14 +57,13 @@ def _recognise(sight: Sight) -> bool:
     return any(_KEY.fullmatch(key) for key in sight.keys) and not any(key.endswith(".lora_E") for key in sight.keys)
 
 
-def read_loralib(path: str | Path, hints: Hints | None = None, *, enabled: Sequence[bool] | None = None) -> Adapter:
+def read_loralib(path: str | Path, hints: Hints | None = None) -> Adapter:
     """Read the factors of loralib or minLoRA in a safetensors file.
 
     Args:
         path: The file.
-        hints: `alpha`, which is not stored; `base` for convolutions, MergedLinear and transformers' Conv1D.
-        enabled: For MergedLinear of which only some of the equal parts of the outputs have factors: loralib's
-            `enable_lora`, such as (True, False, True).
+        hints: `alpha`, which is not stored; `base` for convolutions, MergedLinear and transformers' Conv1D; `enabled`
+            for MergedLinear of which only some of the equal parts of the outputs have factors.
 
     Raises:
         AdapterError: If a tensor is not used, or does not fit its layer; without an alpha.
@@ -79,38 +79,32 @@ def read_loralib(path: str | Path, hints: Hints | None = None, *, enabled: Seque
     path = Path(path)
     if path.suffix in SUFFIXES:
         raise AdapterError(f"{path}: looks like a pickle, which is opened only if asked for: --from {PICKLE.name}")
-    return adapter_from_loralib(read_tensors(path), hints or Hints(), str(path), enabled=enabled)
+    return adapter_from_loralib(read_tensors(path), hints or Hints(), str(path))
 
 
-def read_loralib_pickle(
-    path: str | Path, hints: Hints | None = None, *, enabled: Sequence[bool] | None = None
-) -> Adapter:
+def read_loralib_pickle(path: str | Path, hints: Hints | None = None) -> Adapter:
     """Read the factors of loralib or minLoRA in a pickle, as `torch.save(lora.lora_state_dict(model), path)` wrote it.
 
     Args:
         path: The file; it is opened by `read_pickle`.
         hints: As for `read_loralib`.
-        enabled: As for `read_loralib`.
 
     Raises:
         AdapterError: As `read_loralib` and `read_pickle`.
 
     Example:
-        read_loralib_pickle("gpt2_md_lora.pt", Hints(alpha=32), enabled=(True, False, True))
+        read_loralib_pickle("gpt2_md_lora.pt", Hints(alpha=32, enabled=(True, False, True)))
     """
-    return adapter_from_loralib(read_pickle(path), hints or Hints(), str(path), enabled=enabled)
+    return adapter_from_loralib(read_pickle(path), hints or Hints(), str(path))
 
 
-def adapter_from_loralib(
-    tensors: Mapping[str, Tensor], hints: Hints, where: str, *, enabled: Sequence[bool] | None = None
-) -> Adapter:
+def adapter_from_loralib(tensors: Mapping[str, Tensor], hints: Hints, where: str) -> Adapter:
     """Return the adapter in a state dict of loralib's or minLoRA's.
 
     Args:
         tensors: Tensors by key.
         hints: As for `read_loralib`.
         where: What errors call the file.
-        enabled: As for `read_loralib`.
 
     Raises:
         AdapterError: If a tensor is not used, or does not fit its layer; all at once.
@@ -122,7 +116,7 @@ def adapter_from_loralib(
         try:
             if problem := pair_problem(A, B):
                 raise AdapterError(f"{path}: {problem}")
-            read = _read_minimal(path, A, B, hints) if is_minimal else _read_pair(path, A, B, hints, enabled)
+            read = _read_minimal(path, A, B, hints) if is_minimal else _read_pair(path, A, B, hints)
         except AdapterError as error:
             problems += error.problems or [
                 error.message if error.message.startswith(path) else f"{path}: {error.message}"
@@ -187,8 +181,15 @@ def write_loralib(adapter: Adapter, hints: Hints | None = None) -> dict[str, Con
     return {FILE: dump_tensors(tensors)}
 
 
-FORMAT = Format(_PROGRAM, "loralib, minLoRA", _recognise, read_loralib, write_loralib, file=FILE)
-PICKLE = Format(f"{_PROGRAM}-pt", "loralib, minLoRA in a pickle", lambda _: False, read_loralib_pickle, is_pickle=True)
+FORMAT = Format(_PROGRAM, "loralib, minLoRA", _recognise, read_loralib, write_loralib, file=FILE, needs=NEEDS)
+PICKLE = Format(
+    f"{_PROGRAM}-pt",
+    "loralib, minLoRA in a pickle",
+    lambda _: False,
+    read_loralib_pickle,
+    is_pickle=True,
+    needs=NEEDS,
+)
 
 
 def _sort(
@@ -244,7 +245,7 @@ def _trained(biases: Mapping[str, Tensor], modules: Mapping[str, LowRank]) -> tu
     return trained, problems
 
 
-def _read_pair(path: str, A: Tensor, B: Tensor, hints: Hints, enabled: Sequence[bool] | None) -> tuple[LowRank, int]:
+def _read_pair(path: str, A: Tensor, B: Tensor, hints: Hints) -> tuple[LowRank, int]:
     """Return loralib's factors in our form, and the rank that its scaling divides by."""
     shape = weight_shape(hints.base, path)
     if shape is not None and len(shape) == 4:
@@ -253,7 +254,7 @@ def _read_pair(path: str, A: Tensor, B: Tensor, hints: Hints, enabled: Sequence[
     count, rest = divmod(A.shape[0], rank)
     if rest or not count:
         raise AdapterError(f"{path}: lora_A has {A.shape[0]} ranks, no multiple of lora_B's {rank}")
-    parts = tuple(map(bool, enabled or ()))
+    parts = tuple(map(bool, hints.enabled or ()))
     if count == 1 and (sum(parts) != 1 or shape is None or B.shape[0] in shape):
         form = matrix_form(path, (B.shape[0], A.shape[1]), hints.base)
         return LowRank(A, B, 1.0, form), rank
@@ -272,8 +273,8 @@ def _merged(path: str, A: Tensor, B: Tensor, hints: Hints, enabled: Sequence[boo
     if outputs not in shape:
         raise AdapterError(
             f"{path}: its {count} parts with factors are not all of a weight of shape {shape}; which of its"
-            f" {max(shape) // each if each else 0} parts they are is not stored: call"
-            " veneer.files.loralib.read_loralib(path, hints, enabled=(True, False, True))"
+            f" {max(shape) // each if each else 0} parts they are is not stored; say what the"
+            " layer's enable_lora was, such as --enabled yes,no,yes"
         )
     wide = B.new_zeros(outputs, count * rank)
     places = [place for place, on in enumerate(enabled) if on]

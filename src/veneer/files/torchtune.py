@@ -186,8 +186,16 @@ def write_torchtune(adapter: Adapter, hints: Hints | None = None) -> dict[str, C
     return {FILE: dump_tensors(tensors)}
 
 
-FORMAT = Format(_PROGRAM, _PROGRAM, _recognise, read_torchtune, write_torchtune, file=FILE)
-PICKLE = Format(f"{_PROGRAM}-pt", f"{_PROGRAM} in a pickle", lambda _: False, read_torchtune_pickle, is_pickle=True)
+NEEDS = ("--alpha ALPHA", "--base BASE")
+FORMAT = Format(_PROGRAM, _PROGRAM, _recognise, read_torchtune, write_torchtune, file=FILE, needs=NEEDS)
+PICKLE = Format(
+    f"{_PROGRAM}-pt",
+    f"{_PROGRAM} in a pickle",
+    lambda _: False,
+    read_torchtune_pickle,
+    is_pickle=True,
+    needs=NEEDS,
+)
 
 
 def _with_alpha(path: Path, hints: Hints | None) -> Hints:

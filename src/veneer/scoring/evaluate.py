@@ -13,7 +13,7 @@ from veneer.data.encode import EncodedRows
 from veneer.data.records import Tick
 from veneer.data.rows import CheckedRows, Prompt, Row, as_prompt
 from veneer.data.store import Settings, encode_checked, recall_or_check
-from veneer.errors import DataError
+from veneer.errors import DataError, shortened
 from veneer.scoring.loss import evaluate_loss
 from veneer.scoring.scores import score
 
@@ -170,7 +170,7 @@ def _prompts(rows: Sequence[Row]) -> list[Prompt]:
     prompts = [as_prompt(row) for row in rows]
     lacking = [f"{prompt.source}: the last turn is not the assistant's" for prompt in prompts if prompt.answer is None]
     if lacking:
-        raise DataError(f"{len(lacking)} of {len(rows)} rows have no answer to compare with", lacking[:20])
+        raise DataError(f"{len(lacking)} of {len(rows)} rows have no answer to compare with", shortened(lacking, 20))
     return prompts
 
 

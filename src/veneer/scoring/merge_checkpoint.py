@@ -41,6 +41,7 @@ def merge_checkpoint(
     probe: Literal["auto"] | Probe | None = "auto",
     any_base: bool = False,
     on_bytes: OnBytes | None = None,
+    replace: bool = False,
 ) -> CheckpointMerge:
     """Write a checkpoint with adapters merged into its weights, shard by shard, and prove what was written.
 
@@ -60,6 +61,7 @@ def merge_checkpoint(
             model to a tensor is asked instead; None leaves the proof out.
         any_base: Merge even where the base's weights are not those that the adapter was made for.
         on_bytes: Told how many bytes of weights were written, as they are.
+        replace: Put the new folder in the place of one that exists.
 
     Returns:
         What was done; the same is in `veneer_merge.json` beside the weights.
@@ -91,7 +93,9 @@ def merge_checkpoint(
     if probe is not None:
         prove, reason = begin_proof(Path(base), parts, None if probe == "auto" else probe, any_base=any_base)
     answer: Prove | ProbeResult = ProbeResult(False, reason) if prove is None else prove
-    return merge_files(base, parts, out, dtype=dtype, any_base=any_base, prove=answer, on_bytes=on_bytes)
+    return merge_files(
+        base, parts, out, dtype=dtype, any_base=any_base, prove=answer, on_bytes=on_bytes, replace=replace
+    )
 
 
 def begin_proof(

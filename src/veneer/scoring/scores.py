@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, TypeAlias
 
-from veneer.errors import ConfigError, DataError, MissingDependencyError
+from veneer.errors import ConfigError, DataError, MissingDependencyError, shortened
 from veneer.names import did_you_mean
 
 ScoreFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
@@ -89,7 +89,7 @@ def _refuse(message: str, problems: Iterator[str]) -> None:
     listed = list(islice(problems, _LISTED))
     more = sum(1 for _ in problems)
     if listed:
-        raise DataError(message, listed + [f"... and {more} more"] * (more > 0))
+        raise DataError(message, shortened(listed, _LISTED, len(listed) + more))
 
 
 @_score("exact_match")

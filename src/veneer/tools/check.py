@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from veneer.adapter import Adapter
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, several
 from veneer.files.doctor import examine
 from veneer.files.doctor_codes import ERROR, Finding, in_order, limited
 from veneer.files.shards import Checkpoint
@@ -46,7 +46,7 @@ class Report:
         """Return all of it as plain values."""
         return {
             "findings": [one.to_json() for one in self.findings],
-            "errors": sum(one.count for one in self.errors),
+            "num_errors": sum(one.count for one in self.errors),
             "effect": None if self.effect is None else asdict(self.effect),
         }
 
@@ -116,11 +116,11 @@ def never_trained(adapter: Adapter, name: str) -> Iterator[Finding]:  # noqa: AR
     if zero_B and len(zero_B) == count:
         besides = bool(adapter.trained or adapter.tokens) or any(one.magnitude is not None for one in pairs)
         more = "; what trained besides (magnitudes, whole parameters, rows of tokens) may do something" * besides
-        yield Finding("V401", _several(zero_B), f"lora_B of all {count} modules is zero{more}")
+        yield Finding("V401", several(zero_B), f"lora_B of all {count} modules is zero{more}")
     elif zero_B:
-        yield Finding("V402", _several(zero_B), f"lora_B of {len(zero_B)} of {count} modules is zero")
+        yield Finding("V402", several(zero_B), f"lora_B of {len(zero_B)} of {count} modules is zero")
     if zero_A:
-        yield Finding("V403", _several(zero_A), f"lora_A of {len(zero_A)} of {count} modules is zero")
+        yield Finding("V403", several(zero_A), f"lora_A of {len(zero_A)} of {count} modules is zero")
 
 
 def rank_to_spare(adapter: Adapter, name: str) -> Iterator[Finding]:
@@ -148,7 +148,3 @@ def magnitudes(adapter: Adapter, name: str) -> Iterator[Finding]:  # noqa: ARG00
 
 VALUE_CHECKS: tuple[Callable[[Adapter, str], Iterator[Finding]], ...] = (never_trained, rank_to_spare, magnitudes)
 """What is looked for in an adapter's values; a new one is a function and its name here."""
-
-
-def _several(paths: list[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

@@ -64,15 +64,16 @@ class Combination:
     def to_json(self) -> dict[str, object]:
         """Return what was done and how near it is as plain values."""
         sources = [{"digest": digest, "weight": weight} for digest, weight in self.sources]
-        made = {"digest": self.adapter.digest, "method": self.method, "options": dict(self.options), "of": sources}
-        return {**made, **closeness_json(self.modules)}
+        made = {"digest": self.adapter.digest, "num_bytes": self.adapter.num_bytes}
+        how = {"method": self.method, "options": dict(self.options), "of": sources}
+        return {**made, **how, **closeness_json(self.modules)}
 
     def card(self, names: Sequence[str]) -> str:
         """Return the README of the combination; the names say where its adapters came from, in order."""
         told = zip(names, self.sources, strict=True)
         rows = [{"adapter": name, "digest": f"`{digest}`", "weight": f"{one:g}"} for name, (digest, one) in told]
         title = f"Combined of {len(rows)} adapters by `{self.method}`."
-        return made_card(self.adapter, title, rows, {"method": self.method, **self.options}, self.total)
+        return made_card(self.adapter, title, rows, {"method": self.method, **self.options}, self.total.error)
 
 
 def combine(

@@ -151,7 +151,7 @@ def _not_one_of(name: str, known: Sequence[str], value: object) -> str:
 def _weight_problems(name: str, weights: Sequence[float], count: int) -> list[str]:
     problems = []
     if len(weights) != count:
-        problems.append(f"{name}: expected {count} numbers, one for each adapter, got {len(weights)}")
+        problems.append(f"{name}: expected a number for each adapter, {count} in all; got {len(weights)}")
     bad = [one for one in weights if type(one) not in (int, float) or not math.isfinite(one)]
     return problems + [f"{name}: {one!r} is no finite number" for one in bad]
 

@@ -19,12 +19,14 @@ from veneer.files.diffusers_keys import STYLES
 from veneer.files.filesystem import REAL, Content, FileSystem
 from veneer.files.format import Format, Hints
 from veneer.files.formats import FORMATS, find_format, recognise
+from veneer.files.kohya_originals import FAMILIES
 from veneer.files.peft import save_adapter
 from veneer.files.peft_other import OtherAdapter
 from veneer.files.shards import Checkpoint, read_tensor
 from veneer.files.translate import at_scaling
 from veneer.names import did_you_mean
 from veneer.tools.compare import Difference, compare_deltas
+from veneer.tools.made_card import made_card
 from veneer.tools.merge_checkpoint_names import find_renaming
 from veneer.tools.to_lora import dora_to_lora, to_lora
 
@@ -122,13 +124,14 @@ def convert(
     adapter, made = _plain(origin.read(path, hints), to, rank, path, hints)
     adapter, hints = _placed(adapter, origin, target, hints, notes, path)
     adapter = _writable(adapter, notes)
-    proof = _write(adapter, target, out, hints, overwrite)
+    of = [{"file or folder": str(path), "format": origin.name}]
+    proof = _write(adapter, target, out, hints, overwrite, lambda proof: _card(adapter, of, proof, made))
     return Converted(origin.name, target.name, out, adapter, proof, made, tuple(notes))
 
 
 def _check_hints(hints: Hints) -> None:
     """Raise for hints that are misspelt, before any file is read."""
-    choices = {"component": COMPONENTS, "fused": ("part", "whole"), "style": STYLES}
+    choices = {"component": COMPONENTS, "fused": ("part", "whole"), "style": (*STYLES, *FAMILIES)}
     given = {"component": hints.component, "fused": hints.fused, "style": hints.style}
     problems = [
         f"{name}: expected one of {', '.join(choices[name])}, got {value!r}{did_you_mean(value, choices[name])}"
@@ -229,7 +232,20 @@ def _check_out(out: Path, target: Format, overwrite: bool, fs: FileSystem = REAL
         raise OutputError(f"{out}: exists already; choose another name, or say --overwrite")
 
 
-def _write(adapter: Adapter, target: Format, out: Path, hints: Hints, overwrite: bool) -> Difference:
+def _card(adapter: Adapter, of: Sequence[Mapping[str, object]], proof: Difference, made: Mapping[str, float]) -> str:
+    """Return the README of what is written in PEFT's layout."""
+    title = "Converted from another format; no module is further off than is said below."
+    return made_card(adapter, title, of, {}, max(proof.worst, *made.values(), 0.0))
+
+
+def _write(
+    adapter: Adapter,
+    target: Format,
+    out: Path,
+    hints: Hints,
+    overwrite: bool,
+    card: Callable[[Difference], str],
+) -> Difference:
     """Write what reads back the same, and return the proof."""
     if target.write is None:
         raise AdapterError(f"{target.name}: is only read")
@@ -245,7 +261,7 @@ def _write(adapter: Adapter, target: Format, out: Path, hints: Hints, overwrite:
             shortened(problems, _SHOWN),
         )
     if target.name == "peft":
-        save_adapter(adapter, out, replace=overwrite)
+        save_adapter(adapter, out, card=card(proof), replace=overwrite)
     elif target.file is None:
         notes = {"format": target.name, "adapter": adapter.digest, "worst_error": proof.worst}
         commit_folder(out, files, kind=KIND, notes=notes, replace=overwrite)

@@ -22,6 +22,7 @@ from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tenso
 from veneer.names import did_you_mean
 from veneer.ops.initialise_svd import truncated_svd
 from veneer.storage.plain import DTYPES as PLAIN
+from veneer.tools.made_card import made_card
 from veneer.tools.merge_checkpoint_plan import refuse_quantised_config
 
 Others = Literal["list", "keep", "refuse"]
@@ -30,6 +31,7 @@ EXACT = 512
 """Up to this smaller side a matrix is decomposed exactly, in float64."""
 _ITERATIONS = 4
 _FIRST = 8
+_SHOWN = 20
 _TABLE = re.compile(r"(embed(?!_out)|wte|wpe|word_emb|position_emb|shared$)", re.IGNORECASE)
 
 
@@ -92,13 +94,25 @@ class Extraction:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values, the adapter by its digest."""
         return {
-            "adapter": self.adapter.digest,
-            "modules": [asdict(one) for one in self.modules],
+            "digest": self.adapter.digest,
+            "num_bytes": self.adapter.num_bytes,
+            "relative_error": self.error,
+            "modules": [_module_json(one) for one in self.modules],
             "trained": list(self.adapter.trained),
             "left_out": [asdict(one) for one in self.left_out],
-            "unchanged": self.unchanged,
-            "error": self.error,
+            "num_unchanged": self.unchanged,
         }
+
+    def card(self, base: str, tuned: str) -> str:
+        """Return the README of the adapter, by the names that the two checkpoints go by."""
+        rows = [{"role": "base", "checkpoint": base}, {"role": "fine-tuned", "checkpoint": tuned}]
+        return made_card(self.adapter, "Extracted from a fine-tuned model.", rows, {}, self.error)
+
+
+def _module_json(one: ExtractedModule) -> dict[str, Any]:
+    told = asdict(one)
+    figures = {"kept": told.pop("energy"), "relative_error": told.pop("error")}
+    return told | figures
 
 
 @dataclass
@@ -121,6 +135,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     others: Others = "list",
+    base_name: str | None = None,
     on_bytes: OnBytes | None = None,
     fs: FileSystem = REAL,
 ) -> Extraction:
@@ -141,6 +156,7 @@ def extract(
         energy: Instead of a rank: the smallest for each module that holds this share of ‖tuned − base‖².
         others: What is done with tensors that differ and are no matrices (norms, biases): "list" leaves them out and
             says so, "keep" puts them in whole, "refuse" raises.
+        base_name: What the adapter calls its base; None is the folder.
         on_bytes: Told how many bytes of the base were read, as they are.
         fs: Where both lie.
 
@@ -174,7 +190,7 @@ def extract(
             found.unchanged += 1
         else:
             _take(name, before, after, first, turned, choose, found)
-    return _extraction(found, others, str(base))
+    return _extraction(found, others, base_name or str(base))
 
 
 @dataclass(frozen=True)
@@ -342,12 +358,14 @@ def _distance2(matrix_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> float:
 def _extraction(found: _Found, others: Others, base: str) -> Extraction:
     if not found.pairs:
         lines = [f"{one.name}: {one.reason}" for one in found.left_out]
-        raise AdapterError("no matrix differs between the two checkpoints: there is nothing to extract", lines[:20])
+        raise AdapterError(
+            "no matrix differs between the two checkpoints: there is nothing to extract", shortened(lines, _SHOWN)
+        )
     left_out, trained, config = found.left_out, {}, {}
     if others == "refuse" and left_out:
         raise AdapterError(
             "tensors differ that factors cannot hold; others='keep' puts them in whole, 'list' leaves them out",
-            [f"{one.name}: {one.reason}" for one in left_out][:20],
+            shortened([f"{one.name}: {one.reason}" for one in left_out], _SHOWN),
         )
     if others == "keep":
         trained = {name: value for name, value in found.trained.items() if value.ndim == 1}

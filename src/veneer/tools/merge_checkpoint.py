@@ -57,7 +57,7 @@ def merge_files(
     any_base: bool = False,
     prove: Prove | ProbeResult = _UNASKED,
     on_bytes: OnBytes | None = None,
-    fs: FileSystem = REAL,
+    replace: bool = False,
 ) -> CheckpointMerge:
     """Write a checkpoint with adapters merged in: the same shards, the same index, all other files beside them.
 
@@ -76,7 +76,7 @@ def merge_files(
         any_base: Merge even where the adapter's file carries other base weights.
         prove: Is asked for a proof of the files before they are committed; or what the record says instead.
         on_bytes: Told how many bytes of weights were written, as they are.
-        fs: Where all of it lies.
+        replace: Put the new folder in the place of one that exists.
 
     Returns:
         What was done; the same is in `veneer_merge.json` beside the weights.
@@ -86,7 +86,7 @@ def merge_files(
             its dtype.
         BaseModelError: If the base's files are not what they say, or quantised.
         TargetError: If a tie cannot be undone in a saved configuration.
-        OutputError: If the folder exists, or the disk refuses. Nothing is left then.
+        OutputError: If the folder exists, or the disk refuses. All is as it was then.
 
     Cost:
         About the time of copying the files. Memory: the adapters, and at most four times the largest tensor.
@@ -97,13 +97,34 @@ def merge_files(
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1, for the sum.
     """
-    base, kind = Path(base), dtype_of(dtype)
+    return carry_out(Order(Path(base), parts, Path(out), dtype_of(dtype), any_base, prove, on_bytes, replace))
+
+
+@dataclass(frozen=True)
+class Order:
+    """A merge as it is asked for; see `merge_files` for what each part means."""
+
+    base: Path
+    parts: Sequence[tuple[Adapter, float]]
+    out: Path
+    dtype: torch.dtype | None = None
+    any_base: bool = False
+    prove: Prove | ProbeResult = _UNASKED
+    on_bytes: OnBytes | None = None
+    replace: bool = False
+
+
+def carry_out(order: Order, fs: FileSystem = REAL) -> CheckpointMerge:
+    """Do what `merge_files` does, wherever its files lie."""
+    base, parts, out, prove = order.base, order.parts, order.out, order.prove
     refuse_quantised_config(str(base), read_config(base, fs=fs))
     checkpoint, adapter = read_checkpoint(base, fs=fs), sum_adapters(parts)
     beside = fs.list_files(base)  # before the new folder is made, which may lie inside
-    job = _Job(checkpoint, make_plan(checkpoint, adapter, any_base=any_base), kind, beside, fs, on_bytes)
-    _check_place(job, Path(out))
-    _check_room(job, Path(out))
+    job = _Job(
+        checkpoint, make_plan(checkpoint, adapter, any_base=order.any_base), order.dtype, beside, fs, order.on_bytes
+    )
+    _check_place(job, out)
+    _check_room(job, out)
     record: CheckpointMerge | None = None
 
     def write(folder: Path) -> Mapping[str, FileRecord]:
@@ -115,7 +136,7 @@ def merge_files(
         return written
 
     notes = {"adapters": [[one.digest, weight] for one, weight in parts], "base": base.name}
-    commit_folder(out, write, kind=KIND, notes=notes, fs=fs)
+    commit_folder(out, write, kind=KIND, notes=notes, replace=order.replace, fs=fs)
     assert record is not None
     return record
 

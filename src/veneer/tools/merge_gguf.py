@@ -96,6 +96,7 @@ def check_gguf(
     out: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
+    replace: bool = False,
     fs: FileSystem = REAL,
 ) -> None:
     """Raise what `export_gguf` would raise before it begins, without writing anything.
@@ -109,7 +110,7 @@ def check_gguf(
     Example:
         check_gguf("models/llama", "llama.gguf", "llama-a.gguf")
     """
-    _check_target(Path(out), _plan(Path(folder), Path(like), dtype, fs), fs)
+    _check_target(Path(out), _plan(Path(folder), Path(like), dtype, fs), replace)
 
 
 def export_gguf(
@@ -120,6 +121,7 @@ def export_gguf(
     dtype: str | torch.dtype | None = None,
     prove: Prove | ProbeResult = _UNASKED,
     on_bytes: OnBytes | None = None,
+    replace: bool = False,
     fs: FileSystem = REAL,
 ) -> GgufExport:
     """Write a checkpoint as one GGUF file that llama.cpp and transformers load.
@@ -134,6 +136,7 @@ def export_gguf(
         dtype: Of matrices: float32, float16 or bfloat16; None takes that of the checkpoint. Vectors are float32.
         prove: Is asked for a proof of the file, see `veneer.gguf_proof`; or what the result says instead.
         on_bytes: Told how many bytes were written, as they are.
+        replace: Put it in the place of a file that exists.
         fs: Where all of it lies.
 
     Raises:
@@ -156,7 +159,7 @@ def export_gguf(
     """
     out = Path(out)
     plan = _plan(Path(folder), Path(like), dtype, fs)
-    _check_target(out, plan, fs)
+    _check_target(out, plan, replace)
     found: tuple[FileRecord, ProbeResult] | None = None
 
     def write(path: Path) -> None:
@@ -191,10 +194,13 @@ def _plan(folder: Path, like: Path, dtype: str | torch.dtype | None, fs: FileSys
     return _Plan(checkpoint, like, source, kind, laid, constants, fs)
 
 
-def _check_target(out: Path, plan: _Plan, fs: FileSystem) -> None:
+def _check_target(out: Path, plan: _Plan, replace: bool) -> None:
     """Raise before any work where the file exists, or the disk has no room for it."""
-    if fs.exists(out):
+    fs = plan.fs
+    if fs.exists(out) and not replace:
         raise OutputError(f"{out}: exists already; choose another name")
+    if fs.is_folder(out):
+        raise OutputError(f"{out}: expected a file to write, but a folder is there; choose another name")
     parent = Path(os.path.abspath(out)).parent  # noqa: PTH100 - as above
     while not fs.exists(parent):
         parent = parent.parent

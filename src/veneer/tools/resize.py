@@ -62,13 +62,14 @@ class Resizing:
 
     def to_json(self) -> dict[str, object]:
         """Return what was done and how near it is as plain values."""
-        made = {"digest": self.adapter.digest, "of": self.source, "asked": dict(self.asked)}
-        return {**made, **closeness_json(self.modules)}
+        made = {"digest": self.adapter.digest, "num_bytes": self.adapter.num_bytes}
+        how = {"of": [{"digest": self.source}], "options": dict(self.asked)}
+        return {**made, **how, **closeness_json(self.modules)}
 
     def card(self, name: str) -> str:
         """Return the README of the adapter; the name says where the one before came from."""
         rows = [{"adapter": name, "digest": f"`{self.source}`"}]
-        return made_card(self.adapter, "Resized from another adapter.", rows, self.asked, self.total)
+        return made_card(self.adapter, "Resized from another adapter.", rows, self.asked, self.total.error)
 
 
 def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None, spread: bool = False) -> Resizing:

@@ -72,15 +72,19 @@ def closeness_json(modules: Mapping[str, Closeness]) -> dict[str, object]:
     """Return the figures of all modules, and of each, as plain values.
 
     Example:
-        >>> closeness_json({"q": Closeness(2, 1, 2.0, 1.0)})["error"]
+        >>> closeness_json({"q": Closeness(2, 1, 2.0, 1.0)})["relative_error"]
         0.5
     """
     total = whole(modules.values())
-    each = {
-        path: {"rank_before": one.rank_before, "rank": one.rank, "norm": one.norm, "kept": one.kept, "error": one.error}
+    each = [
+        {"path": path, "rank_before": one.rank_before, "rank": one.rank, **_figures(one)}
         for path, one in modules.items()
-    }
-    return {"kept": total.kept, "error": total.error, "norm": total.norm, "modules": each}
+    ]
+    return {**_figures(total), "modules": each}
+
+
+def _figures(one: Closeness) -> dict[str, float]:
+    return {"norm": one.norm, "kept": one.kept, "relative_error": one.error}
 
 
 def stack_of(pair: LowRank) -> list[tuple[Tensor, Tensor]]:
