@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer, has_hooks
@@ -122,13 +123,15 @@ class LoRALinear(LoRALayer):
         return self.base(x_NI) + self._delta(x_NI, slot, *slot.factors(x_NI.dtype))
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
-        bias = self.bias
+        bias, W_OI = self.bias, plain_weight(self.base)
         with torch.no_grad():
-            # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
-            projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
+            if W_OI is not None:
+                projected_OR = F.linear(W_OI, A)
+            else:
+                # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
+                projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
             norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
         ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
-        W_OI = plain_weight(self.base)
         if W_OI is not None and not self.dropping(slot):
             return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
         out = self.base(x_NI)
