@@ -76,10 +76,21 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
 def folds(num_rows: int, W_OI: Tensor, ratio_O: Tensor) -> bool:
     """Tell whether the ratio is multiplied into the merged weight: no pass over the outputs, forward or backward.
 
-    The gradient of the ratio is then taken from the output itself, divided by the ratio, which must not be zero nearly.
-    To ask costs a look at (O,), for which a GPU would have to be waited for, and a compiler to stop.
+    The gradient of the ratio is then taken from the output itself, divided by the ratio.
     """
-    if W_OI.device.type != "cpu" or torch.compiler.is_compiling() or not _merging_pays(num_rows, W_OI):
+    return _merging_pays(num_rows, W_OI) and is_far_from_zero(ratio_O)
+
+
+def is_far_from_zero(ratio_O: Tensor) -> bool:
+    """Tell whether one can divide by all ratios, where that can be told.
+
+    A GPU would have to be waited for, and a compiler to stop: of them it is not asked.
+
+    Example:
+        >>> is_far_from_zero(torch.tensor([1.0, 2.0])), is_far_from_zero(torch.tensor([1.0, 0.0]))
+        (True, False)
+    """
+    if ratio_O.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(ratio_O.abs().min() > _LEAST_RATIO)
 
