@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
 from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm
-from veneer.ops.lora import add_lora, lora_linear
+from veneer.ops.frozen import FrozenWeight
+from veneer.ops.lora import add_lora, autocasting, lora_linear
+from veneer.ops.projections import Projection, project
 from veneer.ops.reference import lora_delta
+from veneer.storage.layer import StoredLinear
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"  # by name: this layer knows no transformers
 
@@ -54,6 +57,25 @@ def plain_weight(module: nn.Module) -> Tensor | None:
         return module.get_parameter("weight")
     is_own = _full_name(type(module)) == _CONV1D and not has_hooks(module)
     return module.get_parameter("weight").T if is_own else None
+
+
+def stored_weight(module: nn.Module) -> FrozenWeight | None:
+    """Return the weight of a layer of ours that stores it in fewer bits and does nothing more, or None.
+
+    Example:
+        >>> stored_weight(nn.Linear(2, 3)) is None
+        True
+    """
+    if not isinstance(module, StoredLinear) or has_hooks(module):
+        return None
+    return FrozenWeight((module.out_features, module.in_features), panels=module.panels)
+
+
+def _computes_in(x_NI: Tensor, bias_O: Tensor | None) -> bool:
+    """Tell whether an input is taken in its own dtype, and a bias as it is, by what a compiler need not look into."""
+    if autocasting(x_NI) or torch.compiler.is_compiling():
+        return False
+    return bias_O is None or (bias_O.dtype == x_NI.dtype and not bias_O.requires_grad)
 
 
 class LoRALinear(LoRALayer):
@@ -113,6 +135,9 @@ class LoRALinear(LoRALayer):
         W_OI = plain_weight(self.base)
         if W_OI is not None:
             return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
+        stored = stored_weight(self.base)
+        if stored is not None and _computes_in(x_NI, self.bias):
+            return project(x_NI, [Projection(stored, self.bias, (A, B), slot.scaling)])[0]
         return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
 
     def plain_segment(self, x_NI: Tensor, slot_index: int | None) -> Tensor:

@@ -3,11 +3,10 @@
 from torch import Tensor, nn
 
 from veneer.nn.layer import has_hooks
-from veneer.nn.linear import LoRALinear, plain_weight
+from veneer.nn.linear import LoRALinear, plain_weight, stored_weight
 from veneer.nn.slots import Slot
 from veneer.ops.frozen import FrozenWeight
 from veneer.ops.projections import Projection
-from veneer.storage.layer import StoredLinear
 
 
 def projection_of(module: nn.Module, x_NI: Tensor) -> Projection | None:
@@ -44,9 +43,8 @@ def _projection(base: nn.Module, x_NI: Tensor, slot: Slot | None) -> Projection 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight | None:
     """Return the weight of a frozen linear layer, stored in whatever, or None where the layer is something else."""
-    if isinstance(module, StoredLinear):
-        if has_hooks(module):
-            return None
-        return FrozenWeight((module.out_features, module.in_features), panels=module.panels)
+    stored = stored_weight(module)
+    if stored is not None:
+        return stored
     W_OI = plain_weight(module) if not isinstance(module, LoRALinear) else None
     return None if W_OI is None or W_OI.requires_grad else FrozenWeight(W_OI.shape, W_OI)
