@@ -71,7 +71,7 @@ class LoRAConv(LoRALayer):
         x, geometry = _padded(self.base, x)
         if slot.form == "conv_across":
             geometry = geometry._replace(groups=1)
-        return _CONVOLVE[x.ndim - 2](geometry.convolve(x, A), B, groups=self.base.groups)  # type: ignore[arg-type]
+        return _CONVOLVE[x.ndim - 2](geometry.convolve(x, A), B, groups=self.base.groups)
 
 
 class LoRAConvTranspose(LoRALayer):

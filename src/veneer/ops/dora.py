@@ -32,8 +32,8 @@ def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_O
         scaling: Factor of the update.
 
     Returns:
-        Tensor (O,), dtype of B, at least float32. Where the update nearly cancels the weight, the relative error grows by
-        ‖W‖² / ‖W + s B A‖².
+        Tensor (O,), dtype of B, at least float32. Where the update nearly cancels the weight, the relative error grows
+        by ‖W‖² / ‖W + s B A‖².
 
     Cost:
         2·R²·(I + O) operations beside W Aᵀ, in the dtype of the factors, at least float32; nothing of size O·I.

@@ -171,7 +171,7 @@ class _CollectRows(torch.autograd.Function):
     """Saves the rows, the weights and where rows go; see `collect_rows`."""
 
     @staticmethod
-    def forward(rows_SH: Tensor, weights_TK: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:
+    def forward(rows_SH: Tensor, weights_TK: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:  # noqa: ARG004
         rows_TKH = rows_SH[back_S].unflatten(0, weights_TK.shape)
         return (rows_TKH * weights_TK[..., None]).sum(1)
 
