@@ -463,7 +463,9 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name holds this, in any case; not saved")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="rows whose name holds one of these, in any case; not saved"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it runs; not saved")
     parser.add_argument("--repeats", type=int, default=10, help="turns of each side")
     arguments = parser.parse_args()
@@ -479,7 +481,7 @@ def main() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["peft", "transformers", "veneer.nn.attach"])
     results = []
     for index, row in enumerate(rows(shrink)):
-        if arguments.only.lower() in row.name.lower():
+        if not arguments.only or any(part.lower() in row.name.lower() for part in arguments.only):
             start = time.perf_counter()
             results.append(measured(index, row, workers, shrink, arguments.repeats))
             print(f"{row.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -10,6 +10,8 @@ from veneer.adapter import LowRank
 from veneer.nn.linear import LoRALinear, frozen_projection, plain_forward
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot
+from veneer.ops.dora import dora_linear
+from veneer.ops.experts import lora_experts
 from veneer.ops.projections import ACTIVATIONS, gated_projection, project
 from veneer.storage.int8 import quantise_int8
 from veneer.storage.nf4 import quantise_nf4
@@ -105,6 +107,26 @@ def test_behind_a_gate():
     got = gated_projection(gate, up, ACTIVATIONS["relu"], frozen_projection(layer.base, gate, layer.slot(0)))
     base, update = x @ layer.base.weight.double().T, exact_update(layer, x)
     assert abs(share_that_counts(got.detach(), base, update) - 1) < 0.25
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_of_each_expert(with_bias):
+    W, A, B = drawn(2, OUTPUTS, INPUTS, size=INPUTS**-0.5), drawn(2, RANK, INPUTS), drawn(2, OUTPUTS, RANK, size=2**-16)
+    x, bias = drawn(ROWS, INPUTS), drawn(2, OUTPUTS) if with_bias else None
+    rows = torch.arange(ROWS) >= ROWS // 4
+    got = lora_experts(x, W, bias, A, B, 0.5, [ROWS // 4, ROWS - ROWS // 4])
+    each = W.double()[rows.long()]
+    base = torch.einsum("ni,noi->no", x.double(), each) + (bias.double()[rows.long()] if with_bias else 0)
+    update = 0.5 * torch.einsum("nor,nri,ni->no", B.double()[rows.long()], A.double()[rows.long()], x.double())
+    assert abs(share_that_counts(got, base, update) - 1) < 0.25
+
+
+def test_before_the_ratio_of_dora():
+    W, A, B = drawn(OUTPUTS, INPUTS, size=INPUTS**-0.5), drawn(RANK, INPUTS), drawn(OUTPUTS, RANK, size=2**-16)
+    x = drawn(ROWS, INPUTS)
+    got = dora_linear(x, W, None, A, B, 0.5, torch.full((OUTPUTS,), 2.0))
+    base, update = 2 * x.double() @ W.double().T, (x.double() @ A.double().T) @ B.double().T
+    assert abs(share_that_counts(got, base, update) - 1) < 0.25
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])

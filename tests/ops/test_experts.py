@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from veneer.ops import reference
-from veneer.ops.experts import lora_experts
+from veneer.ops.experts import collect_rows, lora_experts, spread_rows
 
 sizes = st.integers(1, 5)
 TENSORS = ("x", "W", "bias", "A", "B")
@@ -97,3 +97,42 @@ def test_autocast_casts_each_product():
         out = lora_experts(*arguments, 0.5, counts)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), reference.lora_experts(*arguments, 0.5, counts), rtol=0.1, atol=0.1)
+
+
+@given(st.integers(1, 5), st.integers(1, 3), sizes, st.integers(0, 50))
+def test_rows_to_their_experts_and_back_with_gradients(tokens, each, hidden, seed):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(tokens * each, generator=generator)
+    back = order.argsort()
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(tokens, each, generator=generator, dtype=torch.float64, requires_grad=True)
+    square = torch.arange(tokens * each * hidden, dtype=torch.float64).view(-1, hidden)
+
+    def plainly(x: Tensor, weights: Tensor) -> Tensor:
+        rows = x.repeat_interleave(each, 0)[order] * square
+        return (rows[back].view(tokens, each, hidden) * weights[:, :, None]).sum(1)
+
+    out = collect_rows(spread_rows(x, order, back) * square, weights, order, back)
+    wanted = plainly(x, weights)
+    torch.testing.assert_close(out, wanted)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(out, (x, weights), cotangent),
+        torch.autograd.grad(wanted, (x, weights), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_collecting_mixes_dtypes_and_leaves_out_what_nobody_asks_for(frozen):
+    """Rows in 16 bits and weights in 32, as routers give them: the sum is as wide as the weights."""
+    order = torch.tensor([2, 0, 3, 1])
+    rows = torch.randn(4, 3, dtype=torch.bfloat16).requires_grad_(frozen != 0)
+    weights = torch.rand(2, 2).requires_grad_(frozen != 1)
+    out = collect_rows(rows, weights, order, order.argsort())
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    leaves = (rows, weights)
+    assert leaves[frozen].grad is None
+    assert leaves[1 - frozen].grad.dtype == leaves[1 - frozen].dtype

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from veneer.factors import FORMS
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
+from veneer.ops.conv import Geometry, lora_conv
 from veneer.ops.dora import magnitude_ratio
+from veneer.ops.lora import autocasting
+from veneer.ops.product import IN_PASSING, merging_pays
 
 _CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _OWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,22 +60,18 @@ class LoRAConv(LoRALayer):
             return base(x)
         slot = self.slot(slot_index)
         A, B = slot.factors(x.dtype)
-        if slot.form == "conv" and _is_own(base) and not self.dropping(slot) and _sums_kernels(base, A, B):
-            updated = base.weight + slot.scaling * FORMS["conv"].delta(A, B).to(base.weight.dtype)
-            out = base._conv_forward(x, updated, base.bias)
-        else:
-            out = _added(base(x), self._branch(self.drop(x, slot), slot, A, slot.scaling * B), base)
-        return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+        ratio_O = None if slot.magnitude is None else _ratio(self, slot, A, B)
+        if slot.form == "conv" and not self.dropping(slot) and _folds(base, x):
+            x, geometry = _padded(base, x)
+            return lora_conv(x, base.weight, base.bias, A, B, slot.scaling, ratio_O, geometry)
+        out = _added(base(x), self._branch(self.drop(x, slot), slot, A, slot.scaling * B), base)
+        return out if ratio_O is None else _scaled(out, ratio_O, base.bias)
 
     def _branch(self, x: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
-        base: Any = self.base
-        padding = base.padding
-        if base.padding_mode != "zeros":
-            # As torch's own convolutions do it: pad first, by the amounts that they keep for it.
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        convolve = _CONVOLVE[x.ndim - 2]
-        groups = 1 if slot.form == "conv_across" else base.groups
-        return convolve(convolve(x, A, None, base.stride, padding, base.dilation, groups), B, groups=base.groups)
+        x, geometry = _padded(self.base, x)
+        if slot.form == "conv_across":
+            geometry = geometry._replace(groups=1)
+        return _CONVOLVE[x.ndim - 2](geometry.convolve(x, A), B, groups=self.base.groups)
 
 
 class LoRAConvTranspose(LoRALayer):
@@ -109,17 +108,37 @@ class LoRAConvTranspose(LoRALayer):
             self.drop(x, slot), kernel, None, base.stride, base.padding, extra, base.groups, base.dilation
         )
         out = _added(out, _CONVOLVE[x.ndim - 2](down, slot.scaling * B, groups=base.groups), base)
-        return out if slot.magnitude is None else _scaled(self, out, slot, A, B)
+        return out if slot.magnitude is None else _scaled(out, _ratio(self, slot, A, B), base.bias)
 
 
-def _sums_kernels(base: nn.Conv1d | nn.Conv2d | nn.Conv3d, A: Tensor, B: Tensor) -> bool:
-    """Tell whether one convolution with the summed kernel is quicker than three with the factors apart.
+def _folds(base: nn.Module, x: Tensor) -> bool:
+    """Tell whether one convolution with the sum of the kernels takes the place of three: not for few positions.
 
-    The sum costs the gradient of a whole kernel, I·k·O operations a position; the factors 3·R·(I·k + O). Grouped
-    kernels of a few ranks are slow whatever their number of operations (docs/log.md).
+    A sum in 16 bits would round the update away, and autocast casts each convolution by itself.
     """
-    inputs, outputs, rank = A[0].numel(), B.shape[0], A.shape[0]
-    return base.groups > 1 or inputs * outputs <= 3 * rank * (inputs + outputs)
+    conv: Any = base
+    if not _is_own(base) or x.dtype != conv.weight.dtype or autocasting(x):
+        return False
+    pads = conv._reversed_padding_repeated_twice
+    positions = x.shape[0]
+    for axis, size in enumerate(reversed(x.shape[2:])):
+        reach = conv.dilation[-1 - axis] * (conv.kernel_size[-1 - axis] - 1)
+        positions *= max(0, (size + pads[2 * axis] + pads[2 * axis + 1] - reach - 1) // conv.stride[-1 - axis] + 1)
+    return merging_pays(positions, (len(conv.weight), conv.weight[0].numel()), x.dtype, IN_PASSING)
+
+
+def _padded(base: nn.Module, x: Tensor) -> tuple[Tensor, Geometry]:
+    """Return the input and how kernels go over it, padded before where that is not by zeros, as many on both sides.
+
+    As torch's own convolutions do it, by the amounts that they keep for it, last axis first.
+    """
+    conv: Any = base
+    pads = conv._reversed_padding_repeated_twice
+    before, after = pads[::2], pads[1::2]
+    if conv.padding_mode == "zeros" and before == after:
+        return x, Geometry(conv.stride, tuple(reversed(before)), conv.dilation, conv.groups)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, pads, mode=mode), Geometry(conv.stride, (0,) * len(before), conv.dilation, conv.groups)
 
 
 def _added(out: Tensor, update: Tensor, base: nn.Module) -> Tensor:
@@ -132,9 +151,8 @@ def _is_own(base: nn.Module) -> bool:
     return type(base) in _OWN and not has_hooks(base)
 
 
-def _scaled(layer: LoRALayer, out: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
-    """Multiply an output by `magnitude / ‖W + delta‖` of its channel; the bias is left as it is."""
-    axis = (-1, *(1,) * (out.ndim - 2))
+def _ratio(layer: LoRALayer, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+    """Return `magnitude / ‖W + delta‖` of each output channel, the norm as a constant."""
     with torch.no_grad():
         # Kernels are small, and in a transposed one outputs stand behind inputs: the plain norm is the clear way.
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -142,10 +160,16 @@ def _scaled(layer: LoRALayer, out: Tensor, slot: Slot, A: Tensor, B: Tensor) -> 
         if slot.form == "conv_transpose":
             updated = outputs_first(updated, layer.base.groups)  # type: ignore[arg-type]
         norm_O = torch.linalg.vector_norm(updated.flatten(1), dim=1)
-    ratio = magnitude_ratio(cast(Tensor, slot.magnitude), norm_O).to(out.dtype).view(axis)
-    if layer.bias is None:
+    return magnitude_ratio(cast(Tensor, slot.magnitude), norm_O).to(A.dtype)
+
+
+def _scaled(out: Tensor, ratio_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Multiply each channel of an output by its ratio; the bias is left as it is."""
+    axis = (-1, *(1,) * (out.ndim - 2))
+    ratio = ratio_O.to(out.dtype).view(axis)
+    if bias_O is None:
         return ratio * out
-    bias = layer.bias.to(out.dtype).view(axis)
+    bias = bias_O.to(out.dtype).view(axis)
     return ratio * (out - bias) + bias
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer
-from veneer.ops.experts import lora_experts
+from veneer.ops.experts import collect_rows, lora_experts, spread_rows
 from veneer.ops.reference import linear_experts
 
 UP_GATED, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
@@ -64,15 +64,15 @@ class LoRAExperts(LoRALayer):
             return base(x_TH, index_TK, weights_TK)
         order_S = index_TK.reshape(-1).argsort(stable=True)
         counts = torch.bincount(index_TK.reshape(-1), minlength=base.num_experts).tolist()
-        inner = self._project(UP_GATED if base.has_gate else UP, slot_index, x_TH[order_S // index_TK.shape[1]], counts)
+        back_S = torch.empty_like(order_S)
+        back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        inner = spread_rows(x_TH, order_S, back_S)
+        inner = self._project(UP_GATED if base.has_gate else UP, slot_index, inner, counts)
         inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
         out_SH = self._project(DOWN, slot_index, inner, counts)
         if base.has_post_expert_norm:
             out_SH = base.post_expert_norm(out_SH)
-        out_SH = out_SH * weights_TK.reshape(-1)[order_S][:, None]
-        back_S = torch.empty_like(order_S)
-        back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return out_SH[back_S].view(*index_TK.shape, -1).sum(1).to(x_TH.dtype)
+        return collect_rows(out_SH, weights_TK, order_S, back_S).to(x_TH.dtype)
 
     def _project(self, name: str, slot_index: int, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
         """Return a projection of all experts' rows, with the update where there is one."""

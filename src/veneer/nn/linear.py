@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer, has_hooks
@@ -141,8 +142,11 @@ class LoRALinear(LoRALayer):
         W_OI = plain_weight(self.base)
         if W_OI is not None:
             return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
-        stored = frozen_projection(self.base, x_NI, slot) if x_NI.dtype.itemsize < 4 and not autocasting(x_NI) else None
-        return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling) if stored is None else project(x_NI, [stored])[0]
+        if not autocasting(x_NI) and not torch.compiler.is_compiling():  # which need not look into decoding
+            stored = frozen_projection(self.base, x_NI, slot)
+            if stored is not None:
+                return project(x_NI, [stored])[0]
+        return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
 
     def _onto(self, delta_NO: Tensor, x_NI: Tensor) -> Tensor:
         """Add the base's output to an update; in 16 bits before it is rounded, where the base is known that well."""
@@ -159,13 +163,15 @@ class LoRALinear(LoRALayer):
         return self._onto(self._delta(x_NI, slot, *slot.factors(x_NI.dtype)), x_NI)
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
-        bias = self.bias
+        bias, W_OI = self.bias, plain_weight(self.base)
         with torch.no_grad():
-            # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
-            projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
+            if W_OI is not None:
+                projected_OR = F.linear(W_OI, A)
+            else:
+                # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
+                projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
             norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
         ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
-        W_OI = plain_weight(self.base)
         if W_OI is not None and not self.dropping(slot):
             return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
         out = self.base(x_NI)

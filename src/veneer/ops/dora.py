@@ -11,12 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
 from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient, up_gradient
-from veneer.ops.product import IN_PASSING, merging_pays, product, sum_product
+from veneer.ops.product import IN_PASSING, merging_pays, product, product_onto, sum_product
 
 _LEAST_RATIO = 1e-12
 _ROWS = 128
-_PANEL = 1 << 18
-"""Numbers of a weight that are formed at a time: 1 MB in float32."""
 
 
 def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -34,11 +32,11 @@ def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_O
         scaling: Factor of the update.
 
     Returns:
-        Tensor (O,), at least float32. Where the update nearly cancels the weight, the relative error grows by
-        ‖W‖² / ‖W + s B A‖².
+        Tensor (O,), dtype of B, at least float32. Where the update nearly cancels the weight, the relative error grows
+        by ‖W‖² / ‖W + s B A‖².
 
     Cost:
-        2·R²·(I + O) operations beside W Aᵀ; nothing of size O·I.
+        2·R²·(I + O) operations beside W Aᵀ, in the dtype of the factors, at least float32; nothing of size O·I.
 
     Example:
         >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.zeros(2, 1)
@@ -48,11 +46,11 @@ def product_norm(weight_norm2_O: Tensor, projected_OR: Tensor, A_RI: Tensor, B_O
     Source:
         Liu et al. 2024, arXiv:2402.09353, equation 5; expanded as in research: papers.md.
     """
-    dtype = torch.promote_types(weight_norm2_O.dtype, torch.float32)
+    dtype = torch.promote_types(B_OR.dtype, torch.float32)
     A, B = A_RI.flatten(1).to(dtype), B_OR.to(dtype)
-    cross = (B * projected_OR.to(dtype)).sum(1)
-    square = (B * (B @ (A @ A.T))).sum(1)
-    return (weight_norm2_O.to(dtype) + 2 * scaling * cross + scaling**2 * square).clamp_min(0).sqrt()
+    # What both sums have in common: s · Σ_r B ∘ (2 W Aᵀ + s B A Aᵀ).
+    added_O = torch.linalg.vecdot(B, torch.addmm(projected_OR.to(dtype), B, A @ A.T, beta=2, alpha=scaling))
+    return torch.add(weight_norm2_O, added_O, alpha=scaling).clamp_min(0).sqrt().to(dtype)
 
 
 def weight_norm2(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -72,29 +70,43 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
         >>> magnitude_ratio(torch.ones(2), torch.tensor([2.0, 0.0])).tolist()
         [0.5, 0.0]
     """
-    return torch.where(norm_O > 0, magnitude_O / torch.where(norm_O > 0, norm_O, 1.0), 0.0)
+    return magnitude_O / torch.where(norm_O > 0, norm_O, torch.inf)
 
 
 def folds(num_rows: int, W_OI: Tensor, ratio_O: Tensor) -> bool:
     """Tell whether the ratio is multiplied into the merged weight: no pass over the outputs, forward or backward.
 
-    The gradient of the ratio is then taken from the output itself, divided by the ratio, which must not be zero nearly.
-    To ask costs a look at (O,), for which a GPU would have to be waited for, and a compiler to stop.
+    The gradient of the ratio is then taken from the output itself, divided by the ratio.
     """
-    if W_OI.device.type != "cpu" or torch.compiler.is_compiling() or not _merging_pays(num_rows, W_OI):
+    return _merging_pays(num_rows, W_OI) and is_far_from_zero(ratio_O)
+
+
+def is_far_from_zero(ratio_O: Tensor) -> bool:
+    """Tell whether one can divide by all ratios, where that can be told.
+
+    A GPU would have to be waited for, and a compiler to stop: of them it is not asked.
+
+    Example:
+        >>> is_far_from_zero(torch.tensor([1.0, 2.0])), is_far_from_zero(torch.tensor([1.0, 0.0]))
+        (True, False)
+    """
+    if ratio_O.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(ratio_O.abs().min() > _LEAST_RATIO)
 
 
 def column_dots(a_NO: Tensor, b_NO: Tensor) -> Tensor:
-    """Return `(a * b).sum(0)`, a few rows at a time, so that their product stays in the cache.
+    """Return `(a * b).sum(0)`, a few rows at a time, so that the sums stay in the cache; in float32 or wider.
 
     Example:
         >>> column_dots(torch.ones(300, 2), torch.ones(300, 2)).tolist()
         [300.0, 300.0]
     """
-    pairs = zip(a_NO.split(_ROWS), b_NO.split(_ROWS), strict=True)
-    return torch.stack([torch.linalg.vecdot(a_PO, b_PO, dim=0) for a_PO, b_PO in pairs]).sum(0)
+    dtype = torch.promote_types(a_NO.dtype, torch.float32)
+    sums_PO = a_NO.new_zeros(min(_ROWS, len(a_NO)), a_NO.shape[1], dtype=dtype)
+    for a_PO, b_PO in zip(a_NO.split(_ROWS), b_NO.split(_ROWS), strict=True):
+        sums_PO[: len(a_PO)].addcmul_(a_PO, b_PO)
+    return sums_PO.sum(0).to(a_NO.dtype)
 
 
 def _merging_pays(num_rows: int, W_OI: Tensor) -> bool:
@@ -102,15 +114,8 @@ def _merging_pays(num_rows: int, W_OI: Tensor) -> bool:
 
 
 def _scaled_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor) -> Tensor:
-    """Return `ratio · (W + s B A)`, some rows at a time, so that they are scaled while they are in the cache."""
-    if not W_OI.is_contiguous():
-        return merged_weight(W_OI, A_RI, B_OR, scaling).mul_(ratio_O[:, None])
-    out_OI = torch.empty_like(W_OI)
-    rows = max(1, _PANEL // W_OI.shape[1])
-    parts = zip(*(one.split(rows) for one in (W_OI, B_OR, ratio_O, out_OI)), strict=True)
-    for W_PI, B_PR, ratio_P, out_PI in parts:
-        torch.addmm(W_PI, B_PR, A_RI, alpha=scaling, out=out_PI).mul_(ratio_P[:, None])
-    return out_OI
+    """Return `ratio · (W + s B A)` in W's layout, scaled before the sum: small factors instead of the weight again."""
+    return (W_OI * ratio_O[:, None]).addmm_(B_OR * ratio_O[:, None], A_RI, alpha=scaling)
 
 
 class _FoldedDoRALinear(torch.autograd.Function):
@@ -151,7 +156,7 @@ class _FoldedDoRALinear(torch.autograd.Function):
 
 
 class _DoRALinear(torch.autograd.Function):
-    """Saves the input and the output without bias, before the ratio; see `dora_linear`."""
+    """Saves the input, `x Aᵀ` where it was formed, and the output without bias, before the ratio; see `dora_linear`."""
 
     @staticmethod
     def forward(
@@ -162,24 +167,29 @@ class _DoRALinear(torch.autograd.Function):
         B_OR: Tensor,
         scaling: float,
         ratio_O: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        z_NR = None
         if _merging_pays(x_NI.shape[0], W_OI):
             u_NO = product(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling))
         else:
-            u_NO = product(x_NI, W_OI).addmm_(product(x_NI, A_RI), B_OR.T, alpha=scaling)
-        return u_NO * ratio_O if bias_O is None else torch.addcmul(bias_O, u_NO, ratio_O), u_NO
+            z_NR = product(x_NI, A_RI)
+            u_NO = product_onto(product(z_NR * scaling, B_OR), x_NI, W_OI)
+        return u_NO * ratio_O if bias_O is None else torch.addcmul(bias_O, u_NO, ratio_O), u_NO, z_NR
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x_NI, W_OI, _, A_RI, B_OR, scaling, ratio_O = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, output[1])
-        ctx.scaling = scaling
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        x_NI, W_OI, _, A_RI, B_OR, ctx.scaling, ratio_O = inputs
+        ctx.mark_non_differentiable(*(one for one in output[1:] if one is not None))
+        # Else autograd would fill a tensor of the output's size with zeros for what has no gradient.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, W_OI, A_RI, B_OR, ratio_O, u_NO = ctx.saved_tensors
+    def backward(ctx: Any, dy_NO: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy_NO is None:
+            return (None,) * 7
+        x_NI, W_OI, A_RI, B_OR, ratio_O, u_NO, z_NR = ctx.saved_tensors
         needs_x, needs_W, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
         dratio_O = column_dots(dy_NO, u_NO) if needs_ratio else None
         dbias_O = dy_NO.sum(0) if needs_bias else None
@@ -187,7 +197,8 @@ class _DoRALinear(torch.autograd.Function):
         dz_NR = rank_gradient(du_NO, B_OR, ctx.scaling) if needs_x or needs_A else None
         dx_NI = input_product(du_NO, dz_NR, W_OI, A_RI, B_OR, ctx.scaling) if needs_x and dz_NR is not None else None
         dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
-        dB_OR = up_gradient(product(x_NI, A_RI), du_NO, ctx.scaling) if needs_B else None
+        z_NR = product(x_NI, A_RI) if needs_B and z_NR is None else z_NR
+        dB_OR = up_gradient(z_NR, du_NO, ctx.scaling) if needs_B else None
         dW_OI = du_NO.T @ x_NI if needs_W else None
         return dx_NI, dW_OI, dbias_O, dA_RI, dB_OR, None, dratio_O
 

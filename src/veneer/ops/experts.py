@@ -1,6 +1,7 @@
-"""The linear layers of many experts and their low-rank updates in one step, with a hand-written backward.
+"""The linear layers of many experts and their low-rank updates in one step, and the ways there and back.
 
-Shapes: S rows ordered by expert, E experts, N rows of one expert, I in, O out, R rank.
+Shapes: T tokens, K experts of each, S = T·K rows ordered by expert, E experts, N rows of one expert, H hidden, I in,
+O out, R rank.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
 from veneer.ops.lora import autocasting
+from veneer.ops.product import product_onto
 from veneer.ops.reference import rows_of_experts
 
 
 class _LoRAExperts(torch.autograd.Function):
     """Saves the input, and of size S·R the projected input; see `lora_experts`.
 
-    No product goes to oneDNN: it builds a kernel for each new number of rows (0.8 ms), and each step brings new ones.
+    No product in float32 goes to oneDNN: it builds a kernel for each new number of rows (0.8 ms), and each step brings
+    new ones.
     """
 
     @staticmethod
@@ -34,11 +37,16 @@ class _LoRAExperts(torch.autograd.Function):
         y_SO, z_SR = x_SI.new_empty(len(x_SI), W_EOI.shape[1]), x_SI.new_empty(len(x_SI), A_ERI.shape[1])
         for expert, rows in rows_of_experts(counts):
             x_NI, y_NO, z_NR = x_SI[rows], y_SO[rows], z_SR[rows]
-            if bias_EO is None:
+            torch.mm(x_NI, A_ERI[expert].T, out=z_NR)
+            bias_O = None if bias_EO is None else bias_EO[expert]
+            if y_NO.dtype.itemsize < 4:
+                update_NO = torch.mm(z_NR * scaling, B_EOR[expert].T, out=y_NO)
+                y_SO[rows] = product_onto(update_NO, x_NI, W_EOI[expert], bias_O)
+                continue
+            if bias_O is None:
                 torch.mm(x_NI, W_EOI[expert].T, out=y_NO)
             else:
-                torch.addmm(bias_EO[expert], x_NI, W_EOI[expert].T, out=y_NO)
-            torch.mm(x_NI, A_ERI[expert].T, out=z_NR)
+                torch.addmm(bias_O, x_NI, W_EOI[expert].T, out=y_NO)
             y_NO.addmm_(z_NR, B_EOR[expert].T, alpha=scaling)
         return y_SO, z_SR
 
@@ -68,7 +76,7 @@ class _LoRAExperts(torch.autograd.Function):
             x_NI, dy_NO = x_SI[rows], dy_SO[rows]
             dz_NR = (dy_NO @ B_ERO[expert].T).mul_(ctx.scaling)
             if dx_SI is not None:
-                torch.mm(dy_NO, W_EOI[expert], out=dx_SI[rows]).addmm_(dz_NR, A_ERI[expert])
+                torch.mm(dz_NR, A_ERI[expert], out=dx_SI[rows]).addmm_(dy_NO, W_EOI[expert])
             if dA_ERI is not None:
                 torch.mm(dz_NR.T, x_NI, out=dA_ERI[expert])
             if dB_ERO is not None:
@@ -125,3 +133,92 @@ def lora_experts(
         return reference.lora_experts(x_SI, W_EOI, bias_EO, A_ERI, B_EOR, scaling, counts)
     y_SO, _ = _LoRAExperts.apply(x_SI, W_EOI, bias_EO, A_ERI, B_EOR, scaling, counts)
     return y_SO
+
+
+class _SpreadRows(torch.autograd.Function):
+    """Saves where rows went; see `spread_rows`."""
+
+    @staticmethod
+    def forward(x_TH: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:
+        return x_TH[order_S // (len(back_S) // len(x_TH))]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+        x_TH, _, back_S = inputs
+        ctx.save_for_backward(back_S)
+        ctx.num_tokens = len(x_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_SH: Tensor) -> tuple[Tensor | None, ...]:
+        (back_S,) = ctx.saved_tensors
+        return dy_SH[back_S].unflatten(0, (ctx.num_tokens, -1)).sum(1), None, None
+
+
+def spread_rows(x_TH: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:
+    """Give each of a token's experts a row of it, in the order of the experts.
+
+    Equals, and is tested against, `x_TH.repeat_interleave(K, 0)[order_S]`. Its gradient reads each row where it went
+    and sums up: torch's own adds rows one by one into a tensor of zeros.
+
+    Args:
+        x_TH: Tokens.
+        order_S: The pair, token · K + expert's place, that each row belongs to.
+        back_S: The row of each pair: the inverse of `order_S`.
+
+    Example:
+        >>> order = torch.tensor([1, 0])
+        >>> spread_rows(torch.tensor([[1.0], [2.0]]), order, order.argsort()).tolist()
+        [[2.0], [1.0]]
+    """
+    return _SpreadRows.apply(x_TH, order_S, back_S)
+
+
+class _CollectRows(torch.autograd.Function):
+    """Saves the rows, the weights and where rows go; see `collect_rows`."""
+
+    @staticmethod
+    def forward(rows_SH: Tensor, weights_TK: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:  # noqa: ARG004
+        rows_TKH = rows_SH[back_S].unflatten(0, weights_TK.shape)
+        return (rows_TKH * weights_TK[..., None]).sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        rows_SH, weights_TK, order_S, back_S = ctx.saved_tensors
+        drows_SH = dweights_TK = None
+        dy_SH = dy_TH[order_S // weights_TK.shape[1]]
+        if ctx.needs_input_grad[1]:
+            dots_S = torch.linalg.vecdot(dy_SH, rows_SH.to(dy_SH.dtype))
+            dweights_TK = dots_S[back_S].view(weights_TK.shape).to(weights_TK.dtype)
+        if ctx.needs_input_grad[0]:
+            drows_SH = dy_SH.mul_(weights_TK.reshape(-1)[order_S][:, None]).to(rows_SH.dtype)
+        return drows_SH, dweights_TK, None, None
+
+
+def collect_rows(rows_SH: Tensor, weights_TK: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:
+    """Sum up what a token's experts made of it, by its weights; the way back of `spread_rows`.
+
+    Equals, and is tested against:
+
+        out = (rows_SH[back_S].view(T, K, H) * weights_TK[:, :, None]).sum(1)
+
+    Args:
+        rows_SH: Rows in the order of the experts.
+        weights_TK: The weight of each token's experts.
+        order_S: As in `spread_rows`.
+        back_S: As in `spread_rows`.
+
+    Returns:
+        Tensor (T, H), of the wider dtype. Differentiable once.
+
+    Example:
+        >>> order = torch.tensor([1, 0])
+        >>> collect_rows(torch.tensor([[2.0], [1.0]]), torch.full((1, 2), 0.5), order, order.argsort()).tolist()
+        [[1.5]]
+    """
+    return _CollectRows.apply(rows_SH, weights_TK, order_S, back_S)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.product import merging_pays, product, product_onto, sum_product
+from veneer.ops.product import laid_out, merging_pays, product, product_onto, sum_product
 
 
 def autocasting(x: Tensor) -> bool:
@@ -56,7 +56,7 @@ def input_product(dy_NO: Tensor, dz_NR: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR
 
 def rank_gradient(dy_NO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """Return `s · dy B`, the gradient of `x Aᵀ`, shape (N, R)."""
-    return product(dy_NO, B_OR.T.contiguous()).mul_(scaling)
+    return product(dy_NO, laid_out(B_OR.T)).mul_(scaling)
 
 
 def up_gradient(z_NR: Tensor, dy_NO: Tensor, scaling: float) -> Tensor:

@@ -44,8 +44,8 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Return `x Wᵀ + bias`, without a gradient of its own.
 
     Equals `F.linear(x, W, bias)` up to rounding. In float32 on a CPU it goes to oneDNN where that is quicker than the
-    BLAS, which the processor's maker decides. Either side may be a transposed view. A product that sums over rows,
-    `dYᵀ Z`, is best given as `product(Z.T.contiguous(), dY.T)`.
+    BLAS, which the processor's maker decides. Either side may be a transposed view, a small one best `laid_out`. A
+    product that sums over rows, `dYᵀ Z`, is best given as `sum_product(Z, dY).T`.
 
     Args:
         x_NI: Left side.
@@ -89,6 +89,11 @@ def product_onto(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | N
     return plus_NO if bias_O is None else plus_NO.add_(bias_O)
 
 
+def laid_out(view: Tensor) -> Tensor:
+    """Return a transposed view as products want it: oneDNN with rows side by side in memory, the BLAS as it is."""
+    return view if _ONEDNN is None else view.contiguous()
+
+
 def sum_product(z_NR: Tensor, y_NO: Tensor) -> Tensor:
     """Return `zᵀ y`, shape (R, O): the gradient of a factor.
 
@@ -96,7 +101,7 @@ def sum_product(z_NR: Tensor, y_NO: Tensor) -> Tensor:
         >>> sum_product(torch.ones(5, 2), torch.ones(5, 3)).tolist()
         [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     """
-    return product(z_NR.T.contiguous(), y_NO.T)
+    return product(laid_out(z_NR.T), y_NO.T)
 
 
 def merging_pays(num_rows: int, shape: Sequence[int], dtype: torch.dtype, share: float = BY_ITSELF) -> bool:

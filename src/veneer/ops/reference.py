@@ -3,7 +3,7 @@
 Shapes: N rows, I in, O out, R rank, S rows of all E experts in their order, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,27 @@ def dora_linear(
     """Return `ratio · (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias`, shape (N, O)."""
     out_NO = ratio_O * (F.linear(x_NI, W_OI) + scaling * (x_NI @ A_RI.T @ B_OR.T))
     return out_NO if bias_O is None else out_NO + bias_O
+
+
+def lora_conv(
+    x: Tensor,
+    W: Tensor,
+    bias_O: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    ratio_O: Tensor | None,
+    convolve: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return `ratio · (conv(x, W) + scaling · conv1x1(conv(x, A), B)) + bias`, shape (N, O, …).
+
+    `convolve` takes an input and a kernel: it knows stride, padding, dilation and groups.
+    """
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    out = convolve(x, W) + scaling * pointwise(convolve(x, A), B, groups=len(A) // B.shape[1])
+    axis = (-1, *(1,) * (x.ndim - 2))
+    out = out if ratio_O is None else ratio_O.view(axis) * out
+    return out if bias_O is None else out + bias_O.view(axis)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:

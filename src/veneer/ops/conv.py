@@ -1,0 +1,204 @@
+"""A convolution and its low-rank update in one step, with a hand-written backward.
+
+Shapes: N a batch, I and O channels, g groups, R rank, k… a kernel, P positions of the output, K = I/g · k….
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.factors import FORMS
+from veneer.ops.dora import is_far_from_zero
+
+_BLOCK = 1 << 18
+"""Numbers that are multiplied at a time, so that the products stay in the cache: 1 MB in float32."""
+
+
+class Geometry(NamedTuple):
+    """How a kernel goes over its input, with a number for each axis of it; the padding is of zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the convolution."""
+        stride, padding, dilation, groups = self
+        return torch.convolution(x, kernel, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+    def gradients(self, dy: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool) -> Sequence[Tensor | None]:
+        """Return the gradients of the input and of the kernel, those that are asked for."""
+        stride, padding, dilation, groups = self
+        none, wanted = [0] * len(stride), [of_x, of_kernel, False]
+        found: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
+            dy, x, kernel, None, stride, padding, dilation, False, none, groups, wanted
+        )
+        return found[:2]
+
+
+def _sums_kernels(W: Tensor, A: Tensor, groups: int) -> bool:
+    """Tell whether the factors' gradients are quicker taken from that of the whole kernel than from convolutions.
+
+    That takes O·K operations a position, the factors 3·R·(K + O), where 3 is how much slower skinny ones are. Grouped
+    kernels of a few ranks are slow whatever their number of operations (docs/log.md).
+    """
+    outputs, inputs, rank = W.shape[0], W[0].numel(), A.shape[0]
+    return groups > 1 or inputs * outputs <= 3 * rank * (inputs + outputs)
+
+
+def _merged_kernel(W: Tensor, A: Tensor, B: Tensor, scaling: float, ratio_O: Tensor | None, groups: int) -> Tensor:
+    """Return `ratio · (W + s B A)` in W's shape."""
+    if ratio_O is not None:
+        W, B = _each(W, ratio_O), _each(B, ratio_O)
+    if groups == 1:
+        return torch.addmm(W.flatten(1), B.flatten(1), A.flatten(1), alpha=scaling).view_as(W)
+    return torch.add(W, FORMS["conv"].delta(A, B), alpha=scaling)
+
+
+def _each(kernel: Tensor, factor_O: Tensor) -> Tensor:
+    """Multiply what makes each output channel by a factor of its own."""
+    return kernel * factor_O.view(-1, *(1,) * (kernel.ndim - 1))
+
+
+def _dense_gradients(dW: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A and B from that of `W + s B A`."""
+    dW_g, A_g, B_g = (one.flatten(1).unflatten(0, (groups, -1)) for one in (dW * scaling, A, B))
+    return (B_g.mT @ dW_g).view_as(A), (dW_g @ A_g.mT).view_as(B)
+
+
+def _factor_gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A and B in `conv1x1(conv(x, A), B)`, without groups: two skinny convolutions."""
+    dy_NOP = dy.flatten(2)
+    dz = (B.flatten(1).T @ dy_NOP).unflatten(2, dy.shape[2:])
+    _, dA = geometry.gradients(dz, x, A, False, True)
+    z_NRP = geometry.convolve(x, A).flatten(2)
+    assert dA is not None
+    return dA, torch.bmm(dy_NOP, z_NRP.mT).sum(0).view_as(B)
+
+
+def _channel_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return `(a * b).sum` over all axes but the channels', a few samples at a time."""
+    samples = max(1, _BLOCK * len(a) // max(1, a.numel()))
+    pairs = zip(a.flatten(2).split(samples), b.flatten(2).split(samples), strict=True)
+    return torch.stack([torch.linalg.vecdot(a_NOP, b_NOP).sum(0) for a_NOP, b_NOP in pairs]).sum(0)
+
+
+class _How(NamedTuple):
+    """What is no tensor."""
+
+    scaling: float
+    geometry: Geometry
+    dense: bool
+    keeps_output: bool
+
+
+class _LoRAConv(torch.autograd.Function):
+    """Saves the input and, with a ratio and where kernels are large, the output without bias; see `lora_conv`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        W: Tensor,
+        bias_O: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        ratio_O: Tensor | None,
+        how: _How,
+    ) -> tuple[Tensor, Tensor | None]:
+        kernel = _merged_kernel(W, A, B, how.scaling, ratio_O, how.geometry.groups)
+        if not how.keeps_output:
+            return how.geometry.convolve(x, kernel, bias_O), None
+        v = how.geometry.convolve(x, kernel)
+        # Never the output itself: what comes behind a convolution often writes into it.
+        return v.clone() if bias_O is None else v + bias_O.view(-1, *(1,) * (v.ndim - 2)), v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        x, W, _, A, B, ratio_O, ctx.how = inputs
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W, A, B, ratio_O, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 7
+        x, W, A, B, ratio_O, v = ctx.saved_tensors
+        needs_x, needs_W, needs_bias, *needs_rest = ctx.needs_input_grad[:6]
+        scaling, geometry, dense, _ = ctx.how
+        dA = dB = dW = dratio_O = None
+        kernel = _merged_kernel(W, A, B, scaling, ratio_O, geometry.groups)
+        dx, dkernel = geometry.gradients(dy, x, kernel, needs_x, dense and (needs_W or any(needs_rest)))
+        if dkernel is not None:
+            if ratio_O is not None and needs_rest[2]:
+                updated = _merged_kernel(W, A, B, scaling, None, geometry.groups)
+                dratio_O = torch.linalg.vecdot(dkernel.flatten(1), updated.flatten(1))
+            dW = dkernel if ratio_O is None else _each(dkernel, ratio_O)
+            dA, dB = _dense_gradients(dW, A, B, scaling, geometry.groups)
+        elif any(needs_rest):
+            scale_O = B.new_full((len(B),), scaling) if ratio_O is None else ratio_O * scaling
+            dA, dB = _factor_gradients(dy, x, A, _each(B, scale_O), geometry)
+            dB = _each(dB, scale_O)
+            dratio_O = None if v is None else _channel_dots(dy, v) / ratio_O
+        dbias_O = dy.flatten(2).sum((0, 2)) if needs_bias else None
+        return dx, dW if needs_W else None, dbias_O, dA, dB, dratio_O, None
+
+
+def lora_conv(
+    x: Tensor,
+    W: Tensor,
+    bias_O: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    ratio_O: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Apply a convolution with its low-rank update, each output channel scaled by a ratio where there is one (DoRA).
+
+    Equals, and is tested against, `ops.reference.lora_conv`:
+
+        out = ratio * (conv(x, W) + scaling * conv1x1(conv(x, A), B)) + bias
+
+    Args:
+        x: Input, shape (N, I, …), padded already where that is not with zeros.
+        W: Kernel of the base layer, (O, I/g, k…).
+        bias_O: Its bias, or None.
+        A: Kernels (R, I/g, k…), the ranks of a group together; dtype of `x`.
+        B: Kernels (O, R/g, 1…).
+        scaling: Factor of the update.
+        ratio_O: `ops.dora.magnitude_ratio`, or None.
+        geometry: How kernels go over the input.
+
+    Returns:
+        Tensor (N, O, …). Differentiable once.
+
+    Cost:
+        Forward and input gradient: one convolution each with `ratio · (W + s B A)`, formed on the fly. The factors'
+        gradients: two convolutions with R channels and 4·N·P·R·O operations, or, for grouped and small kernels, the
+        gradient of the whole kernel. Kept for backward: `x` and, with a ratio, where kernels are large, a tensor of the
+        output's size.
+
+    Example:
+        >>> once = Geometry((1,), (0,), (1,), 1)
+        >>> x, W, A, B = torch.ones(1, 2, 3), torch.ones(4, 2, 1), torch.ones(1, 2, 1), torch.ones(4, 1, 1)
+        >>> lora_conv(x, W, None, A, B, 0.5, None, once)[0, 0].tolist()
+        [3.0, 3.0, 3.0]
+
+    Source:
+        microsoft/LoRA `loralib/layers.py`, ConvLoRA; DoRA: Liu et al. 2024, arXiv:2402.09353, section 4.3. Differs: one
+        convolution with the sum of the kernels each way, after Cherniuk et al. 2023, RunLoRA, arXiv:2312.03415.
+    """
+    dense = W.requires_grad or _sums_kernels(W, A, geometry.groups)
+    keeps_output = False
+    if ratio_O is not None and ratio_O.requires_grad and torch.is_grad_enabled() and not dense:
+        # The output divided by the ratio is one of the ratio's gradient's two factors.
+        keeps_output = is_far_from_zero(ratio_O)
+        dense = not keeps_output
+    return _LoRAConv.apply(x, W, bias_O, A, B, ratio_O, _How(scaling, geometry, dense, keeps_output))[0]
