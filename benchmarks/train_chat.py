@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct, real chat rows at their real lengths (../shared/data/rows/instruct), 8 rows a step, the answers
 supervised; LoRA of rank 16 on all linear layers, AdamW, the same learning rate, the same ids and marks for everyone.
 Each contender lives in a process and a Python environment of its own (`chat_peers.py` says which and how they are made;
-one that is missing is a row that says so). Veneer and a peer take turns, one step each, peer after peer (all at once do
-not fit into memory); the same steps come round several times and of each step the best time counts. Useful tokens are
-those that are no padding.
+one that is missing is a row that says so). Veneer, over a base in float32 and over one in bfloat16, and a peer take
+turns, one step each, peer after peer (all at once do not fit into memory); the same steps come round several times and
+of each step the best time counts. Useful tokens are those that are no padding.
 
     python benchmarks/train_chat.py                        # everyone
     python benchmarks/train_chat.py --only veneer TRL      # those whose name begins so
@@ -16,6 +16,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from common import save, table
 from turns import Contender, Running, take_turns
 
 ROWS_PER_STEP = 8
-OURS = "veneer"
+OURS = ("veneer", "Veneer over a bfloat16 base")
 ASKED = {"TRL, best": 1.8, "TRL, same loss": 1.8, "TRL, defaults": 3.0, "mlx-lm": 2.0, "unsloth": 1.8}
 
 
@@ -56,8 +57,8 @@ def main() -> None:
         return
     everyone = contenders(folder, pack_tokens(facts)).values()
     chosen = [one for one in everyone if not arguments.only or one.name.startswith(tuple(arguments.only))]
-    ours = [one for one in chosen if one.name == OURS]
-    peers = [one for one in chosen if one.name != OURS]
+    ours = [one for one in chosen if one.name in OURS]
+    peers = [one for one in chosen if one.name not in OURS]
     pairs = [run([*ours, one], task, folder) for one in peers] if peers else [run(ours, task, folder)]
     report(arguments.name, pairs, facts)
 
@@ -98,11 +99,11 @@ def report(name: str, pairs: Sequence[Mapping[str, dict[str, Any]]], facts: Mapp
         found = {one: figures(record, facts) for one, record in pair.items()}
         results.append({one: {**pair[one], **found[one]} for one in pair})
         rows += [row(one, figure) for one, figure in found.items()]
-        for one in found:
-            if one != OURS and OURS in found and not any("error" in figure for figure in found.values()):
-                ratio = compared(found[OURS], found[one])
-                results[-1][one]["ratios"] = ratio
-                lines.append(sentence(one, ratio))
+        for mine, one in product(found, found):
+            if mine in OURS and one not in OURS and not any("error" in found[name] for name in (mine, one)):
+                ratio = compared(found[mine], found[one])
+                results[-1][mine].setdefault("ratios", {})[one] = ratio
+                lines.append(sentence(mine, one, ratio))
     path = save(name, {"task": facts, "pairs": results})
     print("\n".join([table(rows), "", *lines, str(path)]))
 
@@ -118,11 +119,11 @@ def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, fl
     }
 
 
-def sentence(name: str, ratio: Mapping[str, float]) -> str:
-    """Say how Veneer does against a peer."""
+def sentence(mine: str, name: str, ratio: Mapping[str, float]) -> str:
+    """Say how one of ours does against a peer."""
     asked = next((asked for start, asked in ASKED.items() if name.startswith(start)), None)
     return (
-        f"Veneer runs at {ratio['speed']:.2f} × the speed of {name} (asked: {asked}), with {ratio['peak_memory']:.2f} "
+        f"{mine} runs at {ratio['speed']:.2f} × the speed of {name} (asked: {asked}), with {ratio['peak_memory']:.2f} "
         f"of its peak memory ({ratio['peak_memory_above_loaded']:.2f} above the loaded model); mean losses of a round "
         f"differ by {ratio['loss_difference']:.3f} at most."
     )

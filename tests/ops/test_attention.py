@@ -161,3 +161,47 @@ def test_nothing_of_a_sequence_reaches_another_in_its_bucket():
     for ours, before in zip(results(lambda *x: causal_attention(*x, lengths, scaling=1.0), *given), calm, strict=True):
         assert torch.equal(ours[60:], before[60:])
         assert ours[first].isnan().any()
+
+
+@pytest.mark.parametrize("kernel_length", [1, 1000], ids=["torch's kernel", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 20, 1000])
+@pytest.mark.parametrize("lengths", [(70, 70), (70, 60, 64, 3), (20,)], ids=["alike", "padded", "one"])
+def test_16_bits_are_computed_in_32(monkeypatch, kernel_length, dtype, window, lengths):
+    monkeypatch.setattr(attention, "KERNEL_LENGTH", kernel_length)
+    given = drawn(sum(lengths), 4, 2, 16, dtype)
+    expected = results(each_alone(lengths, 0.3, window), *(one.double() for one in given))
+    got = results(lambda *x: causal_attention(*x, lengths, scaling=0.3, window=window), *given)
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for ours, exact in zip(got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).norm() <= 3 * unit * exact.norm()
+
+
+def test_sequences_of_a_padded_bucket_do_not_feel_each_other_in_torchs_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "KERNEL_LENGTH", 1)
+    lengths, first = (70, 60), slice(0, 70)
+    given = drawn(sum(lengths), 2, 1, 16, torch.bfloat16)
+    calm = results(lambda *x: causal_attention(*x, lengths, scaling=1.0), *given)
+    for one in given:
+        one[first] = float("nan")
+    felt = results(lambda *x: causal_attention(*x, lengths, scaling=1.0), *given)
+    for ours, before in zip(felt, calm, strict=True):
+        assert torch.equal(ours[70:], before[70:])
+        assert ours[first].isnan().any()
+
+
+def test_long_sequences_in_16_bits_go_to_torchs_kernel(monkeypatch):
+    asked = []
+    ways = {name: getattr(attention, name) for name in ("_KERNEL", "_BLOCKS")}
+    for name, way in ways.items():
+        watched = way._replace(
+            forward=lambda given, bucket, task, name=name, way=way: (
+                asked.append((name, bucket.places.shape[1])) or way.forward(given, bucket, task)
+            )
+        )
+        monkeypatch.setattr(attention, name, watched)
+    long = attention.KERNEL_LENGTH
+    q, k, v, _ = drawn(3 * long, 1, 1, 8, torch.bfloat16)
+    causal_attention(q, k, v, (long, long - 100, long + 100), (None, None, 1), scaling=1.0)
+    assert asked == [("_KERNEL", long), ("_BLOCKS", long - 100), ("_BLOCKS", long + 100)]

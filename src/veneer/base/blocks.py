@@ -93,7 +93,7 @@ class Block:
         sequence_prefixes: tuple[int | None, ...] | None = None,
     ) -> Tensor:
         """Return what the layer makes of the rows of a ragged batch."""
-        x_TD = hidden_1TD[0]
+        x_TD = hidden_1TD.squeeze(0)  # a view both ways; an index would copy the gradient
         sequences = {"sequence_lengths": sequence_lengths, "sequence_prefixes": sequence_prefixes}
         out_TD = self._attention(x_TD, position_embeddings, sequences)
         x_TD = x_TD + self._normed(out_TD, self.layout.after_attention)
@@ -123,7 +123,7 @@ class Block:
         q_1HTE, k_1HTE, v_1HTE = (part.transpose(0, 1)[None] for part in (q_THE, k_THE, v_THE))
         attention = self.part("self_attn")
         out, _ = ragged_attention_forward(attention, q_1HTE, k_1HTE, v_1HTE, None, **sequences, **self.options)
-        out_TD = out[0].flatten(1)
+        out_TD = out.squeeze(0).flatten(1)
         output = self.part(names[3])
         projection = projection_of(output, out_TD)
         return output(out_TD) if projection is None else project(out_TD, [projection])[0]

@@ -182,7 +182,7 @@ def ragged_attention_forward(
     """Causal attention within each sequence of a ragged row; transformers calls it.
 
     Equals scaled dot-product attention of each sequence alone: by `ops.attention.causal_attention` on a CPU, by
-    torch's kernels on other devices, in 16 bits and with dropout (there with a mask for sequences that continue
+    torch's kernels on other devices and with dropout (there with a mask for sequences that continue
     another, whose keys and values stand before their own). Key and value heads are not repeated for grouped queries.
     What a layer asks for is noted in `seen_options`, a dict by module, where a caller gives one.
 
@@ -191,9 +191,9 @@ def ragged_attention_forward(
     """
     lengths, prefixes = _sequences(module, scaling, options)
     window = options.get("sliding_window")
-    if not dropout and query_1HTE.device.type == "cpu" and query_1HTE.dtype.itemsize >= 4:
+    if not dropout and query_1HTE.device.type == "cpu":
         scaling = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
-        q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
+        q_THE, k_TKE, v_TKE = (part.squeeze(0).transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
         return causal_attention(q_THE, k_TKE, v_TKE, lengths, prefixes, scaling=scaling, window=window)[None], None
     parts = (query_1HTE, key_1HTE, value_1HTE)
     return _attention_by_runs(*parts, lengths, prefixes, dropout=dropout, scaling=scaling, window=window)[None], None
@@ -254,7 +254,7 @@ def _attention_by_runs(
         count = len(list(run))
         rows = slice(start, start + count * length)
         q_GHSE, k_GHSE, v_GHSE = (
-            part[0, :, rows].unflatten(1, (count, length)).transpose(0, 1)
+            part.squeeze(0)[:, rows].unflatten(1, (count, length)).transpose(0, 1)
             for part in (query_1HTE, key_1HTE, value_1HTE)
         )
         before = 0
@@ -323,7 +323,7 @@ def hidden_states(model: PreTrainedModel, batch: RaggedBatch, **options: Any) ->
             sequence_lengths=batch.lengths,
             **options,
         )
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)
 
 
 def routed_segments(model: PreTrainedModel, batch: RaggedBatch) -> tuple[Segment, ...] | None:

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
 from veneer.ops.dora import dora_linear, magnitude_ratio, product_norm
-from veneer.ops.lora import add_lora, lora_linear
+from veneer.ops.frozen import FrozenWeight
+from veneer.ops.lora import add_lora, autocasting, linear_onto, lora_linear
+from veneer.ops.projections import Projection, project
 from veneer.ops.reference import lora_delta
+from veneer.storage.layer import StoredLinear
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"  # by name: this layer knows no transformers
 
@@ -53,6 +56,32 @@ def plain_weight(module: nn.Module) -> Tensor | None:
         return module.get_parameter("weight")
     is_own = _full_name(type(module)) == _CONV1D and not has_hooks(module)
     return module.get_parameter("weight").T if is_own else None
+
+
+def frozen_projection(base: nn.Module, x_NI: Tensor, slot: Slot | None) -> Projection | None:
+    """Return what a linear layer with an update computes with, or None where it is no frozen layer of a known kind.
+
+    Example:
+        >>> frozen_projection(nn.Linear(3, 2).requires_grad_(False), torch.ones(1, 3), None).weight.shape
+        torch.Size([2, 3])
+    """
+    weight = _frozen_weight(base)
+    if weight is None or (weight.dense is not None and weight.dense.dtype != x_NI.dtype):
+        return None
+    bias = base.get_parameter("bias") if "bias" in dict(base.named_parameters(recurse=False)) else None
+    if bias is not None and (bias.requires_grad or bias.dtype != x_NI.dtype):
+        return None
+    factors = None if slot is None else slot.factors(x_NI.dtype)
+    return Projection(weight, bias, factors, 1.0 if slot is None else slot.scaling)
+
+
+def _frozen_weight(module: nn.Module) -> FrozenWeight | None:
+    """Return the weight of a frozen linear layer, stored in whatever, or None where the layer is something else."""
+    if isinstance(module, StoredLinear):
+        shape = (module.out_features, module.in_features)
+        return None if has_hooks(module) else FrozenWeight(shape, panels=module.panels)
+    W_OI = plain_weight(module)
+    return None if W_OI is None or W_OI.requires_grad else FrozenWeight(W_OI.shape, W_OI)
 
 
 class LoRALinear(LoRALayer):
@@ -108,18 +137,26 @@ class LoRALinear(LoRALayer):
         if slot.magnitude is not None:
             return self._with_magnitude(x_NI, slot, A, B)
         if self.dropping(slot):
-            return self.base(x_NI) + self._delta(x_NI, slot, A, B)
+            return self._onto(self._delta(x_NI, slot, A, B), x_NI)
         W_OI = plain_weight(self.base)
         if W_OI is not None:
             return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
-        return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
+        stored = frozen_projection(self.base, x_NI, slot) if x_NI.dtype.itemsize < 4 and not autocasting(x_NI) else None
+        return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling) if stored is None else project(x_NI, [stored])[0]
+
+    def _onto(self, delta_NO: Tensor, x_NI: Tensor) -> Tensor:
+        """Add the base's output to an update; in 16 bits before it is rounded, where the base is known that well."""
+        W_OI = plain_weight(self.base)
+        if W_OI is None or x_NI.dtype.itemsize >= 4 or autocasting(x_NI) or W_OI.dtype != x_NI.dtype:
+            return self.base(x_NI) + delta_NO
+        return linear_onto(delta_NO, x_NI, W_OI, self.bias)
 
     def plain_segment(self, x_NI: Tensor, slot_index: int | None) -> Tensor:
         """Return what a segment's rows become, by the reference where there is no magnitude."""
         slot = None if slot_index is None else self.slot(slot_index)
         if slot is None or slot.magnitude is not None:
             return self._segment(x_NI, slot_index)
-        return self.base(x_NI) + self._delta(x_NI, slot, *slot.factors(x_NI.dtype))
+        return self._onto(self._delta(x_NI, slot, *slot.factors(x_NI.dtype)), x_NI)
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias = self.bias

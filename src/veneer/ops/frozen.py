@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.lora import merged_weight
-from veneer.ops.product import BY_ITSELF, IN_PASSING, merging_pays, product
+from veneer.ops.product import BY_ITSELF, IN_PASSING, merging_pays, product, product_onto
 
 Panels = Callable[[torch.dtype], Iterator[tuple[slice, Tensor]]]
 """Yields runs of rows and those rows of the weight in a dtype; they may be written into until the next is asked for."""
@@ -58,45 +58,61 @@ class FrozenWeight:
 def apply_weight(x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, update: Update | None) -> Tensor:
     """Return `x (W + s B A)ᵀ + bias`, in the cheaper order; no gradient of its own.
 
-    Equals `ops.reference.lora_linear` for a dense weight.
+    Equals `ops.reference.lora_linear` for a dense weight. In 16 bits the sum is rounded once, see `product_onto`.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
         >>> apply_weight(torch.ones(1, 3), weight, None, Update(torch.ones(1, 3), torch.ones(2, 1), 0.5)).tolist()
         [[4.5, 4.5]]
     """
-    merged = update if update is not None and weight.merging_pays(x_NI.shape[0], x_NI.dtype) else None
+    merged, beside = _ways(x_NI, weight, update)
+    first_NO = None
+    if beside is not None and x_NI.dtype.itemsize < 4:
+        first_NO = product(product(x_NI, beside.A_RI) * beside.scaling, beside.B_OR)
     y_NO: Tensor | None = None
     for rows, W_PI in weight.walk(x_NI.dtype, merged):
-        part_NP = product(x_NI, W_PI, None if bias_O is None else bias_O[rows])
+        bias_P = None if bias_O is None else bias_O[rows]
+        if first_NO is None:
+            part_NP = product(x_NI, W_PI, bias_P)
+        else:
+            part_NP = product_onto(first_NO[:, rows], x_NI, W_PI, bias_P)
         if W_PI.shape[0] == weight.shape[0]:
             y_NO = part_NP
         else:
             y_NO = x_NI.new_empty(x_NI.shape[0], weight.shape[0]) if y_NO is None else y_NO
             y_NO[:, rows] = part_NP
     assert y_NO is not None
-    if update is not None and merged is None:
-        y_NO.addmm_(product(x_NI, update.A_RI), update.B_OR.T, alpha=update.scaling)
+    if beside is not None and first_NO is None:
+        y_NO.addmm_(product(x_NI, beside.A_RI), beside.B_OR.T, alpha=beside.scaling)
     return y_NO
 
 
-def apply_transposed(dy_NO: Tensor, weight: FrozenWeight, update: Update | None, dz_NR: Tensor | None) -> Tensor:
-    """Return `dy (W + s B A)`, the gradient of the input; `dz` is `s · dy B`.
+def apply_transposed(
+    dy_NO: Tensor, weight: FrozenWeight, update: Update | None, dz_NR: Tensor | None, plus_NI: Tensor | None = None
+) -> Tensor:
+    """Return `dy (W + s B A) + plus`, the gradient of the input; `dz` is `s · dy B`, `plus` may be written into.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
         >>> apply_transposed(torch.ones(1, 2), weight, None, None).tolist()
         [[2.0, 2.0, 2.0]]
     """
-    merged = update if update is not None and weight.merging_pays(dy_NO.shape[0], dy_NO.dtype) else None
-    dx_NI: Tensor | None = None
+    merged, beside = _ways(dy_NO, weight, update)
+    dx_NI = plus_NI
+    if beside is not None and dz_NR is not None:
+        dx_NI = product(dz_NR, beside.A_RI.T) if dx_NI is None else dx_NI.addmm_(dz_NR, beside.A_RI)
     for rows, W_PI in weight.walk(dy_NO.dtype, merged):
-        part_NI = product(dy_NO[:, rows], W_PI.T)
         # A sum over many panels in 16 bits would lose what a single product, which sums in 32, does not.
-        widens = dy_NO.dtype.itemsize < 4 and W_PI.shape[0] < weight.shape[0]
-        dx_NI = (part_NI.float() if widens else part_NI) if dx_NI is None else dx_NI.add_(part_NI)
+        if dy_NO.dtype.itemsize < 4 and W_PI.shape[0] < weight.shape[0]:
+            part_NI = product(dy_NO[:, rows], W_PI.T).float()
+            dx_NI = part_NI if dx_NI is None else dx_NI.float().add_(part_NI)
+        else:
+            dx_NI = product(dy_NO[:, rows], W_PI.T) if dx_NI is None else product_onto(dx_NI, dy_NO[:, rows], W_PI.T)
     assert dx_NI is not None
-    dx_NI = dx_NI.to(dy_NO.dtype)
-    if update is not None and merged is None and dz_NR is not None:
-        dx_NI.addmm_(dz_NR, update.A_RI)
-    return dx_NI
+    return dx_NI.to(dy_NO.dtype)
+
+
+def _ways(rows: Tensor, weight: FrozenWeight, update: Update | None) -> tuple[Update | None, Update | None]:
+    """Return the update to be merged into the weight, or the one to be applied beside it."""
+    merges = update is not None and weight.merging_pays(rows.shape[0], rows.dtype)
+    return (update, None) if merges else (None, update)

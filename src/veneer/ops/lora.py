@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.product import merging_pays, product, sum_product
+from veneer.ops.product import merging_pays, product, product_onto, sum_product
 
 
 def autocasting(x: Tensor) -> bool:
@@ -42,6 +42,8 @@ def linear_product(
     if merging_pays(x_NI.shape[0], W_OI.shape, W_OI.dtype):
         return F.linear(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling), bias_O), None
     z_NR = product(x_NI, A_RI)
+    if W_OI.dtype.itemsize < 4:
+        return product_onto(product(z_NR * scaling, B_OR), x_NI, W_OI, bias_O), z_NR
     return F.linear(x_NI, W_OI, bias_O).addmm_(z_NR, B_OR.T, alpha=scaling), z_NR
 
 
@@ -49,7 +51,7 @@ def input_product(dy_NO: Tensor, dz_NR: Tensor, W_OI: Tensor, A_RI: Tensor, B_OR
     """Return `dy (W + s B A)` in the cheaper order; `dz` is `s · dy B`."""
     if merging_pays(dy_NO.shape[0], W_OI.shape, W_OI.dtype):
         return product(dy_NO, merged_weight(W_OI, A_RI, B_OR, scaling).T)
-    return product(dy_NO, W_OI.T).addmm_(dz_NR, A_RI)
+    return product_onto(dz_NR @ A_RI, dy_NO, W_OI.T)
 
 
 def rank_gradient(dy_NO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -132,6 +134,49 @@ def lora_linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_
         return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, scaling)
     y_NO, _ = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W_OI, bias_O, A_RI, B_OR, scaling)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
+
+
+class _LinearOnto(torch.autograd.Function):
+    """Saves the input and the weight; see `linear_onto`."""
+
+    @staticmethod
+    def forward(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return product_onto(plus_NO.clone(), x_NI, W_OI, bias_O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
+        _, x_NI, W_OI, _ = inputs
+        ctx.save_for_backward(x_NI, W_OI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, W_OI = ctx.saved_tensors
+        needs_plus, needs_x, needs_W, needs_bias = ctx.needs_input_grad
+        dx_NI = product(dy_NO, W_OI.T) if needs_x else None
+        dW_OI = dy_NO.T @ x_NI if needs_W else None
+        return dy_NO if needs_plus else None, dx_NI, dW_OI, dy_NO.sum(0) if needs_bias else None
+
+
+def linear_onto(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Apply a linear layer and add its output to a tensor before it is rounded.
+
+    Equals, and is tested against, `plus + F.linear(x, W, bias)` in a wider dtype; see `ops.product.product_onto`.
+
+    Args:
+        plus_NO: What is added, such as an update; dtype of `x`.
+        x_NI: Input.
+        W_OI: Weight.
+        bias_O: Bias, or None.
+
+    Returns:
+        Tensor (N, O), dtype of `x`. Differentiable once.
+
+    Example:
+        >>> linear_onto(torch.ones(1, 2), torch.ones(1, 3), torch.ones(2, 3), None).tolist()
+        [[4.0, 4.0]]
+    """
+    return _LinearOnto.apply(plus_NO, x_NI, W_OI, bias_O)
 
 
 class _AddLoRA(torch.autograd.Function):

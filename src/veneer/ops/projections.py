@@ -110,8 +110,7 @@ class _Projections(torch.autograd.Function):
         dx_NI: Tensor | None = None
         if ctx.needs_input_grad[0]:
             for one, part, update, dz_NR in zip(ctx.frozen, dy, updates, dz, strict=True):
-                more_NI = apply_transposed(part, one.weight, update, dz_NR)
-                dx_NI = more_NI if dx_NI is None else dx_NI.add_(more_NI)
+                dx_NI = apply_transposed(part, one.weight, update, dz_NR, dx_NI)
             if norm is not None and dx_NI is not None:
                 dx_NI = norm_gradient(dx_NI, x_NI, inverse_N1, norm)
         return dx_NI, None, None, *(part for pair in gradients for part in pair)
