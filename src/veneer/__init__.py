@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from veneer.files.doctor_codes import CODES, Finding
     from veneer.files.format import Format, Hints
     from veneer.files.formats import list_formats, recognise
+    from veneer.files.manifest import unknown_files
     from veneer.files.peft import load_adapter, save_adapter
     from veneer.files.peft_other import OtherAdapter, read_other
     from veneer.files.shards import read_checkpoint
@@ -145,6 +146,7 @@ _HOME = {
     "save_adapter": "veneer.files.peft",
     "summarize": "veneer.tools.summarize",
     "to_lora": "veneer.tools.to_lora",
+    "unknown_files": "veneer.files.manifest",
     "unmerge": "veneer.tools.merge",
     "weight_norms": "veneer.tools.check_base",
 }
@@ -235,6 +237,7 @@ __all__ = [
     "save_adapter",
     "summarize",
     "to_lora",
+    "unknown_files",
     "unmerge",
     "weight_norms",
 ]

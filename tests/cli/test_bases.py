@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+import veneer
 from veneer.adapter import Adapter, AdapterMetadata, LowRank
 from veneer.base.source import Source
 from veneer.cli import main as cli
@@ -44,6 +45,7 @@ def verbs(adapter, out, base):
 
 def test_a_name_stands_for_a_folder_in_every_verb(call, adapter, tiny_base, tmp_path, monkeypatch):
     found = Source("org/tiny", str(tiny_base), is_local=True)
+    monkeypatch.setattr(veneer, "find_source", lambda _: found)
     monkeypatch.setattr("veneer.base.source.find_source", lambda _: found)
     for verb in verbs(adapter, tmp_path, "tiny"):
         assert call(*verb)[0] == 0, verb

@@ -134,7 +134,7 @@ BAD_LINES = [
     (
         b'{"messages": [{"from": "human", "value": "a"}]}',
         "message 1: missing key 'role'; message 1: missing key 'content'; message 1: unknown key 'from'; nearest: "
-        "'role'; and 1 more",
+        "'role'; ... and 1 more",
     ),
     (b'{"messages": [{"role": "user", "content": "a", "nmae": "b"}]}', "message 1: unknown key 'nmae'"),
     (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "message 1: 'content' must be a string, is a"),

@@ -53,7 +53,7 @@ def extract(
     called = base if first == base else veneer.find_source(base).name
     with bytes_bar("extracting", weight_bytes(first)) as on_bytes:
         found = veneer.extract(
-            first, second, rank=rank, energy=energy, others=others, base_name=name, on_bytes=on_bytes
+            first, second, rank=rank, energy=energy, others=others, base_name=called, on_bytes=on_bytes
         )
     veneer.save_adapter(found.adapter, out, card=found.card(base, tuned), replace=overwrite)
     if as_json:

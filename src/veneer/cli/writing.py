@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import veneer
 from veneer.base.cache import cache_folder
-from veneer.errors import DamagedArtefactError, OutputError, shortened
-from veneer.files.manifest import MANIFEST, read_manifest
+from veneer.errors import OutputError, shortened
 
 _SHOWN = 3
 
@@ -42,20 +42,9 @@ def check_folder(out: str, *, overwrite: bool) -> None:
         raise OutputError(f"{out}: expected a folder to write, but a file is there; choose another name")
     if not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
-    if lost := _others(path):
+    if lost := veneer.unknown_files(path):
         raise OutputError(
             f"{out}: --overwrite replaces what veneer wrote, and this holds other files; choose another name, or remove"
             " it yourself",
             shortened(lost, _SHOWN),
         )
-
-
-def _others(folder: Path) -> list[str]:
-    """Return what a folder holds that its manifest does not know."""
-    try:
-        manifest = read_manifest(folder)
-    except DamagedArtefactError:
-        manifest = None
-    known = {MANIFEST, *manifest.files} if manifest is not None else set()
-    held = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(set(held) - known)

@@ -127,6 +127,24 @@ def read_manifest(folder: str | Path, *, fs: FileSystem = REAL) -> Manifest | No
     return parse_manifest(data, str(path))
 
 
+def unknown_files(folder: str | Path, *, fs: FileSystem = REAL) -> list[str]:
+    """Return the names of what a folder holds and its manifest does not know: of all, where it has none that is whole.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "mine.txt").write_text("x")
+        ...     unknown_files(folder)
+        ['mine.txt']
+    """
+    try:
+        manifest = read_manifest(folder, fs=fs)
+    except DamagedArtefactError:
+        manifest = None
+    known = {MANIFEST, *manifest.files} if manifest is not None else set()
+    return sorted(set(fs.list_files(Path(folder))) - known)
+
+
 def verify_folder(folder: str | Path, only: Collection[str] | None = None, *, fs: FileSystem = REAL) -> Manifest | None:
     """Compare a folder with its manifest, every byte.
 
