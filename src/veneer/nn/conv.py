@@ -156,7 +156,8 @@ def _ratio(layer: LoRALayer, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
     with torch.no_grad():
         # Kernels are small, and in a transposed one outputs stand behind inputs: the plain norm is the clear way.
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        updated = layer.weight.to(wide) + slot.scaling * FORMS[slot.form].delta(A.to(wide), B.to(wide))
+        delta = FORMS[slot.form].delta(A.to(wide), B.to(wide))
+        updated = torch.add(layer.weight.to(wide), delta, alpha=slot.scaling)
         if slot.form == "conv_transpose":
             updated = outputs_first(updated, layer.base.groups)  # type: ignore[arg-type]
         norm_O = torch.linalg.vector_norm(updated.flatten(1), dim=1)

@@ -30,14 +30,21 @@ class Geometry(NamedTuple):
         stride, padding, dilation, groups = self
         return torch.convolution(x, kernel, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
-    def gradients(self, dy: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool) -> Sequence[Tensor | None]:
-        """Return the gradients of the input and of the kernel, those that are asked for."""
+    def input_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+        return self._gradient(dy, x, kernel, 0)
+
+    def kernel_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+        """Return the gradient of the kernel."""
+        return self._gradient(dy, x, kernel, 1)
+
+    def _gradient(self, dy: Tensor, x: Tensor, kernel: Tensor, place: int) -> Tensor:
         stride, padding, dilation, groups = self
-        none, wanted = [0] * len(stride), [of_x, of_kernel, False]
-        found: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
+        none, wanted = [0] * len(stride), [one == place for one in range(3)]
+        found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
             dy, x, kernel, None, stride, padding, dilation, False, none, groups, wanted
         )
-        return found[:2]
+        return found[place]
 
 
 def _sums_kernels(W: Tensor, A: Tensor, groups: int) -> bool:
@@ -50,11 +57,11 @@ def _sums_kernels(W: Tensor, A: Tensor, groups: int) -> bool:
     return groups > 1 or inputs * outputs <= 3 * rank * (inputs + outputs)
 
 
-def _merged_kernel(W: Tensor, A: Tensor, B: Tensor, scaling: float, ratio_O: Tensor | None, groups: int) -> Tensor:
+def _merged_kernel(W: Tensor, A: Tensor, B: Tensor, scaling: float, ratio_O: Tensor | None) -> Tensor:
     """Return `ratio · (W + s B A)` in W's shape."""
     if ratio_O is not None:
         W, B = _each(W, ratio_O), _each(B, ratio_O)
-    if groups == 1:
+    if len(A) == B.shape[1]:
         return torch.addmm(W.flatten(1), B.flatten(1), A.flatten(1), alpha=scaling).view_as(W)
     return torch.add(W, FORMS["conv"].delta(A, B), alpha=scaling)
 
@@ -64,19 +71,12 @@ def _each(kernel: Tensor, factor_O: Tensor) -> Tensor:
     return kernel * factor_O.view(-1, *(1,) * (kernel.ndim - 1))
 
 
-def _dense_gradients(dW: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A and B from that of `W + s B A`."""
-    dW_g, A_g, B_g = (one.flatten(1).unflatten(0, (groups, -1)) for one in (dW * scaling, A, B))
-    return (B_g.mT @ dW_g).view_as(A), (dW_g @ A_g.mT).view_as(B)
-
-
 def _factor_gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return the gradients of A and B in `conv1x1(conv(x, A), B)`, without groups: two skinny convolutions."""
     dy_NOP = dy.flatten(2)
     dz = (B.flatten(1).T @ dy_NOP).unflatten(2, dy.shape[2:])
-    _, dA = geometry.gradients(dz, x, A, False, True)
+    dA = geometry.kernel_gradient(dz, x, A)
     z_NRP = geometry.convolve(x, A).flatten(2)
-    assert dA is not None
     return dA, torch.bmm(dy_NOP, z_NRP.mT).sum(0).view_as(B)
 
 
@@ -92,12 +92,11 @@ class _How(NamedTuple):
 
     scaling: float
     geometry: Geometry
-    dense: bool
     keeps_output: bool
 
 
 class _LoRAConv(torch.autograd.Function):
-    """Saves the input and, with a ratio and where kernels are large, the output without bias; see `lora_conv`."""
+    """Saves the input and, with a ratio, the output without bias; see `lora_conv`. No groups, a frozen kernel."""
 
     @staticmethod
     def forward(
@@ -109,7 +108,7 @@ class _LoRAConv(torch.autograd.Function):
         ratio_O: Tensor | None,
         how: _How,
     ) -> tuple[Tensor, Tensor | None]:
-        kernel = _merged_kernel(W, A, B, how.scaling, ratio_O, how.geometry.groups)
+        kernel = _merged_kernel(W, A, B, how.scaling, ratio_O)
         if not how.keeps_output:
             return how.geometry.convolve(x, kernel, bias_O), None
         v = how.geometry.convolve(x, kernel)
@@ -130,24 +129,19 @@ class _LoRAConv(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, W, A, B, ratio_O, v = ctx.saved_tensors
-        needs_x, needs_W, needs_bias, *needs_rest = ctx.needs_input_grad[:6]
-        scaling, geometry, dense, _ = ctx.how
-        dA = dB = dW = dratio_O = None
-        kernel = _merged_kernel(W, A, B, scaling, ratio_O, geometry.groups)
-        dx, dkernel = geometry.gradients(dy, x, kernel, needs_x, dense and (needs_W or any(needs_rest)))
-        if dkernel is not None:
-            if ratio_O is not None and needs_rest[2]:
-                updated = _merged_kernel(W, A, B, scaling, None, geometry.groups)
-                dratio_O = torch.linalg.vecdot(dkernel.flatten(1), updated.flatten(1))
-            dW = dkernel if ratio_O is None else _each(dkernel, ratio_O)
-            dA, dB = _dense_gradients(dW, A, B, scaling, geometry.groups)
-        elif any(needs_rest):
+        needs_x, _, needs_bias, *needs_rest = ctx.needs_input_grad[:6]
+        scaling, geometry, _ = ctx.how
+        dx = dA = dB = dratio_O = None
+        if needs_x:
+            dx = geometry.input_gradient(dy, x, _merged_kernel(W, A, B, scaling, ratio_O))
+        if any(needs_rest):
             scale_O = B.new_full((len(B),), scaling) if ratio_O is None else ratio_O * scaling
             dA, dB = _factor_gradients(dy, x, A, _each(B, scale_O), geometry)
             dB = _each(dB, scale_O)
-            dratio_O = None if v is None else _channel_dots(dy, v) / ratio_O
+        if v is not None:
+            dratio_O = _channel_dots(dy, v) / ratio_O
         dbias_O = dy.flatten(2).sum((0, 2)) if needs_bias else None
-        return dx, dW if needs_W else None, dbias_O, dA, dB, dratio_O, None
+        return dx, None, dbias_O, dA, dB, dratio_O, None
 
 
 def lora_conv(
@@ -177,13 +171,13 @@ def lora_conv(
         geometry: How kernels go over the input.
 
     Returns:
-        Tensor (N, O, …). Differentiable once.
+        Tensor (N, O, …). Differentiable once where kernels are large.
 
     Cost:
         Forward and input gradient: one convolution each with `ratio · (W + s B A)`, formed on the fly. The factors'
-        gradients: two convolutions with R channels and 4·N·P·R·O operations, or, for grouped and small kernels, the
-        gradient of the whole kernel. Kept for backward: `x` and, with a ratio, where kernels are large, a tensor of the
-        output's size.
+        gradients: two convolutions with R channels and 4·N·P·R·O operations, with `x` kept for backward and, with a
+        ratio, a tensor of the output's size. Or, for grouped and small kernels, one that trains itself, and a ratio of
+        zero or on a GPU: torch's own gradient of the whole kernel, which is kept too.
 
     Example:
         >>> once = Geometry((1,), (0,), (1,), 1)
@@ -195,10 +189,12 @@ def lora_conv(
         microsoft/LoRA `loralib/layers.py`, ConvLoRA; DoRA: Liu et al. 2024, arXiv:2402.09353, section 4.3. Differs: one
         convolution with the sum of the kernels each way, after Cherniuk et al. 2023, RunLoRA, arXiv:2312.03415.
     """
-    dense = W.requires_grad or _sums_kernels(W, A, geometry.groups)
-    keeps_output = False
-    if ratio_O is not None and ratio_O.requires_grad and torch.is_grad_enabled() and not dense:
-        # The output divided by the ratio is one of the ratio's gradient's two factors.
-        keeps_output = is_far_from_zero(ratio_O)
-        dense = not keeps_output
-    return _LoRAConv.apply(x, W, bias_O, A, B, ratio_O, _How(scaling, geometry, dense, keeps_output))[0]
+    keeps_output = ratio_O is not None and ratio_O.requires_grad and torch.is_grad_enabled()
+    if (
+        W.requires_grad
+        or _sums_kernels(W, A, geometry.groups)
+        # The ratio's gradient is taken from the output divided by it.
+        or (keeps_output and not is_far_from_zero(ratio_O))  # type: ignore[arg-type]
+    ):
+        return geometry.convolve(x, _merged_kernel(W, A, B, scaling, ratio_O), bias_O)
+    return _LoRAConv.apply(x, W, bias_O, A, B, ratio_O, _How(scaling, geometry, keeps_output))[0]

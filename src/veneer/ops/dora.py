@@ -92,7 +92,7 @@ def is_far_from_zero(ratio_O: Tensor) -> bool:
     """
     if ratio_O.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return bool(ratio_O.abs().min() > _LEAST_RATIO)
+    return float(ratio_O.detach().abs().min()) > _LEAST_RATIO
 
 
 def column_dots(a_NO: Tensor, b_NO: Tensor) -> Tensor:
