@@ -156,7 +156,14 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(run_file, tmp_path):
     command = [sys.executable, "-c", "from veneer.cli.main import main; main()", "train", str(run_file)]
     long = ["--set", "train.epochs=400", "--set", "train.checkpoint_every=1000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *long], stderr=subprocess.PIPE, text=True, env=environment)
+    # Whoever started the tests in the background ignores SIGINT, and a run that inherits that ignores it too.
+    process = subprocess.Popen(
+        [*command, *long],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count('"loss"') > 2):

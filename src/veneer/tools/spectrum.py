@@ -50,7 +50,10 @@ class Spectrum:
             Roy and Vetterli 2007, "The effective rank". Differs: shares of the energy σ², not of σ.
         """
         shares = _shares(self.values)
-        return math.exp(-sum(share * math.log(share) for share in shares if share)) if shares else 0.0
+        if not shares:
+            return 0.0
+        # The exponential of a logarithm of the count may lie a rounding above it.
+        return min(math.exp(-sum(share * math.log(share) for share in shares if share)), float(len(shares)))
 
     @property
     def used(self) -> int:
