@@ -306,14 +306,14 @@ def _read_back(target: Path, manifest: Manifest, write: Writer, known: Collectio
         verify_folder(target, fs=fs)
         return
     if callable(write):
-        verify_folder(target, manifest.files.keys() - known, fs=fs)
-        if any(fs.size_of(target / name) != manifest.files[name].bytes for name in known):
-            raise DamagedArtefactError(f"{target}: files are not as long as what was written to them")
-        return
-    found = read_manifest(target, fs=fs)
+        found = verify_folder(target, manifest.files.keys() - known, fs=fs)
+        wrong = [name for name in sorted(known) if fs.size_of(target / name) != manifest.files[name].bytes]
+    else:
+        found = read_manifest(target, fs=fs)
+        wrong = [name for name, one in write.items() if not fs.holds(target / name, one)]
     problems = [] if found == manifest else [f"{MANIFEST}: not what was written"]
-    problems += [f"{name}: not what was written" for name, one in write.items() if not fs.holds(target / name, one)]
-    if fs.list_files(target) != sorted([*write, MANIFEST]):
+    problems += [f"{name}: not what was written" for name in wrong]
+    if fs.list_files(target) != sorted([*manifest.files, MANIFEST]):
         problems.append("there are more or fewer files than were written")
     if problems:
         raise DamagedArtefactError(f"{target}: the disk does not give back what was written to it", problems)

@@ -26,7 +26,9 @@ _STEMS = ("model", "diffusion_pytorch_model")
 """How the weights of transformers are named, and those of diffusers' U-Nets and transformers."""
 MAX_INDEX = 64 << 20
 BLOCK = 1 << 20
-"""How many bytes are copied at a time: what stays in a core's cache until it is hashed and written."""
+"""How many bytes are read, or hashed and written, at a time: a core's cache holds them meanwhile."""
+_ROOM = 4 << 20
+"""How long a part may be that is read to where another one was."""
 FLUSH = 64 << 20
 """After how many bytes the disk is asked to take them: it works while the next are made (measured: halves the wait)."""
 _METADATA = "__metadata__"
@@ -214,8 +216,8 @@ def write_shard(
         OSError: If the disk refuses.
 
     Cost:
-        One pass over the bytes: read, hashed, edited, hashed, written, and read back for a sum. Memory: of each lane
-        two pieces of 1 MiB, or what an edit asks for at a time. Files that are not read in their order are read twice.
+        One pass over the bytes: read, hashed, edited, hashed, written; then they are read back. Files that are not read
+        in their order are read twice. Memory: 4 MiB, three times that with lanes, or what an edit asks for at a time.
 
     Example:
         write_shard(read_checkpoint("base"), "model.safetensors", Path("new/model.safetensors"), {})
@@ -268,7 +270,9 @@ def write_pieces(
 ) -> FileRecord:
     """Write a new file of pieces, each hashed on its way, wait for the disk, and read it back.
 
-    Every byte is read back: of each piece a sum is compared, a tenth of the work of a hash.
+    Every byte is read back, from the system's cache as a rule: of each MiB a sum is compared, a tenth of the work of a
+    hash. That finds what was not written, or not there, or from memory that had changed since it was hashed; it does
+    not find two words of a MiB that changed places.
 
     Args:
         target: The new file; its folder exists.
@@ -288,22 +292,27 @@ def write_pieces(
             beside = stack.enter_context(ThreadPoolExecutor(1))
             flushed, flush = 0, beside.submit(fs.flush, handle)
             for piece in _ahead(iter(pieces), stack) if lanes else pieces:
-                sha.update(piece)
-                sums.append((len(piece), _sum(piece)))
+                for block in _blocks(piece):
+                    sha.update(block)
+                    sums.append((len(block), _sum(block)))
+                    while block:
+                        block = block[fs.write(handle, block) :]
                 size += len(piece)
-                while piece:
-                    piece = piece[fs.write(handle, piece) :]
                 if size - flushed >= FLUSH and flush.done():
                     flush.result()  # a failure that it was told of may be told to nobody else
                     flushed, flush = size, beside.submit(fs.flush, handle)
                 if on_bytes is not None:
-                    on_bytes(sums[-1][0])
+                    on_bytes(len(piece))
             flush.result()
             fs.fsync(handle)
     finally:
         fs.close(handle)
     _read_back(target, size, sums, fs)
     return FileRecord(size, sha.hexdigest())
+
+
+def _blocks(piece: memoryview) -> Iterator[memoryview]:
+    return (piece[at : at + BLOCK] for at in range(0, len(piece), BLOCK))
 
 
 def _sum(piece: memoryview) -> int:
@@ -352,17 +361,19 @@ def _read(
     folder: Path, parts: Iterable[_Part], seen: _Seen | None, lanes: bool, fs: FileSystem
 ) -> Iterator[tuple[_Part, memoryview]]:
     """Yield parts with their bytes, in memory of which the last three are not written to: read, edited, written."""
-    rooms = cycle([np.empty(BLOCK, np.uint8) for _ in range(3 if lanes else 1)])
+    rooms = cycle([np.empty(_ROOM, np.uint8) for _ in range(3 if lanes else 1)])
     for file, group in groupby(parts, lambda part: part.place.file):
         path, start = folder / file, 0
         try:
             with fs.reading(path) as read:
                 for part in group:
                     start = part.start
-                    data = (next(rooms)[: part.size] if part.size <= BLOCK else np.empty(part.size, np.uint8)).data
-                    read(start, data)
-                    if seen is not None:
-                        seen.look(start, data)
+                    data = (next(rooms)[: part.size] if part.size <= _ROOM else np.empty(part.size, np.uint8)).data
+                    for block in _blocks(data):
+                        read(start, block)
+                        if seen is not None:
+                            seen.look(start, block)
+                        start += len(block)
                     yield part, data
         except OSError as cause:
             raise BaseModelError(f"{path}: cannot be read at byte {start}: {cause}") from cause
@@ -382,8 +393,9 @@ def _made(read: Iterable[tuple[_Part, memoryview]]) -> Iterator[memoryview]:
 
 
 def _ahead(items: Iterator[Value], stack: ExitStack) -> Iterator[Value]:
-    """Yield items, of which the next is made in a thread of its own meanwhile."""
-    pool = stack.enter_context(ThreadPoolExecutor(1))
+    """Yield items, of which the next is made meanwhile, in a thread that computes with as many as this one does."""
+    threads = (torch.get_num_threads(),)
+    pool = stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=threads))
     waiting = pool.submit(next, items, None)
     while (item := waiting.result()) is not None:
         waiting = pool.submit(next, items, None)

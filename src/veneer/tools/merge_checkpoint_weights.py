@@ -20,10 +20,10 @@ from veneer.nn.kinds import KINDS
 from veneer.nn.targets import Target
 from veneer.tools.merge_weights import CHUNK, Change, merge_weight, require_finite, round_once
 
-SAMPLED = 32
-"""Of every so many rows of a piece, one is looked at for the figures of a `Change`."""
-PIECE = 1 << 19
-"""How many weights are taken at a time: with fewer, two threads wait for Python more than for memory (measured)."""
+SAMPLED = 8
+"""One of so many pieces, and of its rows one of half as many, is looked at for the figures of a `Change`."""
+PIECE = 1 << 20
+"""How many weights are taken at a time: with fewer, two threads wait for Python longer than for memory (measured)."""
 _UNIT = 2.0**-24
 _TINY = 2.0**-112
 """What underflow can do to a sum of 4,096 products, to none of whose factors more than 2⁻¹²⁶ happens."""
@@ -81,7 +81,7 @@ def plan_update(
     """Return what adds an update to a weight a few rows at a time, or None where that cannot be.
 
     It cannot for float32 and float64 results, magnitudes and transposed convolutions, nor where products of float32
-    are allowed to be less than that: `add_update` does those as well.
+    are allowed to be less than that; an update of zero leaves every bit. `add_update` does those as well.
 
     Args:
         shape: The weight's.
@@ -94,6 +94,8 @@ def plan_update(
     narrow = dtype in (torch.bfloat16, torch.float16) and stored != torch.float64
     provable = narrow and torch.get_float32_matmul_precision() == "highest" and pair.rank <= _MAX_RANK
     if not provable or pair.magnitude is not None or pair.form == "conv_transpose" or not math.prod(shape):
+        return None
+    if not (pair.lora_A.any() and pair.lora_B.any()):
         return None
     A_MRI, B_MOR = as_matrices(pair.form, pair.lora_A, pair.lora_B)
     if swapped or pair.form in _SWAPPED:  # the weight is the other way round, so its rows are the inputs
@@ -176,15 +178,16 @@ class Update:
         """
         W_PI = piece.view(-1, self._columns)
         self._room = room = self._room or _Room.of(len(W_PI), self._columns, self._dtype)
-        self._turn = 1 - self._turn
-        out_PI = room.outs[self._turn][: len(W_PI)]
+        self._turn += 1
+        out_PI = room.outs[self._turn % 2][: len(W_PI)]
         first, done = start // self._columns, 0
         while done < len(W_PI):  # in one matrix after another
             number, row = divmod(first + done, self._rows)
             count = min(len(W_PI) - done, self._rows - row)
             matrix, rows, part = self._matrix(number), slice(row, row + count), slice(done, done + count)
             _add_rows(matrix, rows, W_PI[part], out_PI[part], room, self._path)
-            self._seen.append(_look(matrix, rows, W_PI[part], out_PI[part]))
+            if row == 0 or self._turn % SAMPLED == 0:
+                self._seen.append(_look(matrix, rows, W_PI[part], out_PI[part]))
             done += count
         return out_PI.view(-1)
 
@@ -280,9 +283,10 @@ def _add_narrow(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, room
 
 
 def _look(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor) -> _Sums:
-    """Look at one of `SAMPLED` rows: how much there is, changed and lost."""
-    W_QI, out_QI = W_PI[::SAMPLED], out_PI[::SAMPLED]
-    before, update = W_QI.float(), matrix.B_OS[rows][::SAMPLED, :-1] @ matrix.A_SI[:-1]
+    """Look at some of the rows: how much there is, changed and lost."""
+    each = max(1, SAMPLED // 2)
+    W_QI, out_QI = W_PI[::each], out_PI[::each]
+    before, update = W_QI.float(), matrix.B_OS[rows][::each, :-1] @ matrix.A_SI[:-1]
     touched, (low, high) = update != 0, torch.aminmax(update)
     weight2, update2, error2 = (
         torch.linalg.vector_norm(one).item() ** 2 for one in (before, update, out_QI.float() - before - update)
