@@ -296,16 +296,9 @@ def _look(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor) -> _Sums:
 
 
 def _unlike(low_PI: Tensor, high_PI: Tensor) -> "np.ndarray":
-    """Return the places of the 16-bit numbers that differ, were both flat.
-
-    Equals `(low != high).nonzero()` for bits; four numbers are compared at a time.
-    """
+    """Return the places of the 16-bit numbers whose bits differ, were both flat; numpy's is a third of torch's time."""
     low, high = (one.view(torch.int16).numpy().reshape(-1) for one in (low_PI, high_PI))
-    if len(low) % 4:
-        return np.nonzero(low != high)[0]
-    fours = np.nonzero(low.view(np.int64) != high.view(np.int64))[0]
-    near = (4 * fours[:, None] + np.arange(4)).reshape(-1)
-    return near[low[near] != high[near]]
+    return np.flatnonzero(low != high)
 
 
 def _target(path: str, pair: LowRank) -> Target:
