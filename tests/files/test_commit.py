@@ -379,6 +379,45 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
+def test_what_a_writer_has_read_back_is_not_read_again_but_all_else_is(tmp_path):
+    class Counting(FileSystem):
+        def measure(self, path):
+            measured.append(path.name)
+            return super().measure(path)
+
+    def write(folder: Path) -> dict[str, FileRecord]:
+        REAL.write_bytes(folder / "a", b"hello")
+        REAL.write_bytes(folder / "b", b"not told")
+        return {"a": record_content(b"hello")}
+
+    measured: list[str] = []
+    manifest = commit_folder(tmp_path / "x", write, kind="x", read_back=True, fs=Counting())
+    assert verify_folder(tmp_path / "x") == manifest
+    assert measured == ["b", "b"]  # hashed, and read back
+
+
+@pytest.mark.parametrize("what", ["longer", "other", "more", "manifest"])
+def test_of_files_that_are_not_read_again_all_but_the_content_is_looked_at(tmp_path, what):
+    class Meddling(FileSystem):
+        def rename(self, source, target):
+            super().rename(source, target)
+            if target.name == "x":
+                name, content = {
+                    "longer": ("a", b"hello!"), "other": ("b", b"not tols"), "more": ("c", b""),
+                    "manifest": (MANIFEST, (target / MANIFEST).read_bytes().replace(b"hi", b"ho")),
+                }[what]  # fmt: skip
+                (target / name).write_bytes(content)
+
+    def write(folder: Path) -> dict[str, FileRecord]:
+        REAL.write_bytes(folder / "a", b"hello")
+        REAL.write_bytes(folder / "b", b"not told")
+        return {"a": record_content(b"hello")}
+
+    with pytest.raises(DamagedArtefactError):
+        commit_folder(tmp_path / "x", write, kind="x", notes={"said": "hi"}, read_back=True, fs=Meddling())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("said", [MemoryError(), ValueError("no reason supplied")])
 def test_a_folder_is_committed_where_threads_find_no_memory(tmp_path, monkeypatch, said):
     def hashed(content):

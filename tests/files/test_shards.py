@@ -1,13 +1,16 @@
 """Reading checkpoints tensor by tensor."""
 
+import errno
 import json
+import os
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from veneer.errors import AdapterError, BaseModelError
-from veneer.files.filesystem import REAL
+from veneer.errors import AdapterError, BaseModelError, DamagedArtefactError
+from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import FileRecord
 from veneer.files.shards import (
     CONFIG,
@@ -18,6 +21,7 @@ from veneer.files.shards import (
     read_checkpoint,
     read_config,
     read_tensor,
+    write_pieces,
     write_shard,
 )
 from veneer.files.tensors import DTYPES, dump_tensors
@@ -103,22 +107,24 @@ def test_near_names_are_told(folder, tmp_path):
         read_checkpoint(tmp_path / "nowhere")
 
 
-def halves(stored):
+def halves(stored, _):
     return stored.mul_(0.5)
 
 
-def test_a_file_is_written_byte_for_byte_but_for_its_edits(folder, monkeypatch):
+@pytest.mark.parametrize("lanes", [False, True])
+def test_a_file_is_written_byte_for_byte_but_for_its_edits(folder, monkeypatch, lanes):
     path, tensors, _ = folder
     monkeypatch.setattr("veneer.files.shards.BLOCK", 16)  # so that tensors take several
     found, told = read_checkpoint(path), []
     for file in found.metadata:
         target = path / f"new-{file}"
-        assert write_shard(found, file, target, {}, on_bytes=told.append) == FileRecord(*REAL.measure(target))
+        assert write_shard(found, file, target, {}, on_bytes=told.append) == (FileRecord(*REAL.measure(target)),) * 2
         assert target.read_bytes() == (path / file).read_bytes()
     assert sum(told) == sum((path / file).stat().st_size for file in found.metadata)
     file = found.tensors["layers.1.weight"].file
     edits = {"layers.1.weight": Edit("layers.1.weight", torch.float32, halves)}
-    written = write_shard(found, file, path / "edited", edits)
+    read, written = write_shard(found, file, path / "edited", edits, lanes=lanes)
+    assert read == FileRecord(*REAL.measure(path / file))
     assert written == FileRecord(*REAL.measure(path / "edited"))
     assert (path / "edited").read_bytes()[: found.tensors["empty"].start] == (path / file).read_bytes()[
         : found.tensors["empty"].start
@@ -132,10 +138,11 @@ def test_new_tensors_and_other_dtypes_make_a_new_header_that_safetensors_reads(t
     (tmp_path / WEIGHTS).write_bytes(dump_tensors(tensors))
     found = read_checkpoint(tmp_path)
     edits = {
-        "b": Edit("b", torch.bfloat16, lambda one: one.bfloat16()),
-        "new": Edit("b", torch.float64, lambda one: one.double()),
+        "b": Edit("b", torch.bfloat16, lambda one, _: one.bfloat16()),
+        "new": Edit("b", torch.float64, lambda one, _: one.double()),
     }
-    write_shard(found, WEIGHTS, tmp_path / "new", edits)
+    read, _ = write_shard(found, WEIGHTS, tmp_path / "new", edits)
+    assert read == FileRecord(*REAL.measure(tmp_path / WEIGHTS))  # though it was not read in its order
     again = load_file(tmp_path / "new")
     assert torch.equal(again["new"], tensors["b"].double())
     assert torch.equal(again["b"], tensors["b"].bfloat16())
@@ -145,6 +152,116 @@ def test_new_tensors_and_other_dtypes_make_a_new_header_that_safetensors_reads(t
     places = read_checkpoint(tmp_path)
     assert all(one.start % DTYPES[one.dtype].itemsize == 0 for one in places.tensors.values())
     assert places.metadata[WEIGHTS] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("step", [1, 7, 64, 10_000])
+def test_an_edit_is_given_its_tensor_in_steps(tmp_path, monkeypatch, lanes, step):
+    monkeypatch.setattr("veneer.files.shards.BLOCK", 24)
+    tensors = {"a": torch.randn(30, 5).half(), "b": torch.randn(11), "c": torch.arange(90)}
+    (tmp_path / WEIGHTS).write_bytes(dump_tensors(tensors))
+    found, asked = read_checkpoint(tmp_path), []
+
+    def number(stored, start):
+        asked.append((start, len(stored)))
+        return stored + torch.arange(start, start + len(stored)).to(stored.dtype)
+
+    edits = {name: Edit(name, tensors[name].dtype, number, step) for name in "ab"}
+    read, written = write_shard(found, WEIGHTS, tmp_path / "new", edits, lanes=lanes)
+    assert read == FileRecord(*REAL.measure(tmp_path / WEIGHTS))
+    assert written == FileRecord(*REAL.measure(tmp_path / "new"))
+    again = load_file(tmp_path / "new")
+    assert torch.equal(again["c"], tensors["c"])
+    for name in "ab":
+        flat = tensors[name].flatten()
+        assert torch.equal(again[name].flatten(), flat + torch.arange(len(flat)).to(flat.dtype))
+    assert sum(count for _, count in asked) == 161
+
+
+def test_a_lane_computes_with_as_many_threads_as_who_asks(tmp_path):
+    (tmp_path / WEIGHTS).write_bytes(dump_tensors({"a": torch.zeros(8)}))
+    seen, before = [], torch.get_num_threads()
+
+    def look(stored, _):
+        seen.append((torch.get_num_threads(), threading.get_ident()))
+        return stored
+
+    torch.set_num_threads(1)
+    try:
+        for number, lanes in enumerate((False, True)):
+            edits = {"a": Edit("a", torch.float32, look)}
+            write_shard(read_checkpoint(tmp_path), WEIGHTS, tmp_path / f"new-{number}", edits, lanes=lanes)
+    finally:
+        torch.set_num_threads(before)
+    assert [count for count, _ in seen] == [1, 1]
+    assert seen[0][1] == threading.get_ident() != seen[1][1]
+
+
+class Forgetful(FileSystem):
+    """Says that it wrote what it did not, or something else."""
+
+    def __init__(self, what):
+        self.what, self.calls = what, 0
+
+    def write(self, handle, data):
+        self.calls += 1
+        if self.calls != 3:
+            return super().write(handle, data)
+        if self.what == "nothing":
+            os.lseek(handle, len(data), os.SEEK_CUR)
+        elif self.what == "short":
+            super().write(handle, data[:-1])
+        elif self.what == "twice":
+            super().write(handle, data)
+            super().write(handle, data)
+        elif self.what == "elsewhere":
+            os.lseek(handle, 0, os.SEEK_SET)
+            super().write(handle, data)
+        else:
+            super().write(handle, memoryview(bytes([data[0] ^ 16]) + bytes(data[1:])))
+        return len(data)
+
+
+@pytest.mark.parametrize("what", ["nothing", "short", "twice", "elsewhere", "one bit"])
+@pytest.mark.parametrize("length", [100, 24])
+def test_what_the_disk_did_not_take_is_found_when_it_is_read_back(tmp_path, monkeypatch, what, length):
+    monkeypatch.setattr("veneer.files.shards.BLOCK", 24)
+    content = memoryview(bytes(range(1, length + 1)))
+    pieces = [content, content, content]
+    assert write_pieces(tmp_path / "right", pieces).bytes == 3 * length
+    with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
+        write_pieces(tmp_path / "wrong", pieces, fs=Forgetful(what))
+
+
+def test_memory_that_is_used_again_too_early_is_found(tmp_path):
+    data = bytearray(100)
+
+    class Late(FileSystem):
+        def write(self, handle, piece):
+            data[50] += 1  # as another thread would
+            return super().write(handle, piece)
+
+    with pytest.raises(DamagedArtefactError, match="does not give back"):
+        write_pieces(tmp_path / "x", [memoryview(data)], fs=Late())
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_a_disk_that_fails_while_it_takes_bytes_early_is_not_passed_over(tmp_path, monkeypatch, lanes):
+    """The system tells of a failed write once: what came of it early is not told again at the end."""
+
+    class Failing(FileSystem):
+        calls = 0
+
+        def flush(self, handle):
+            self.calls += 1
+            if self.calls == 2:
+                raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr("veneer.files.shards.FLUSH", 10)
+    fs = Failing()
+    with pytest.raises(OSError, match="injected"):
+        write_pieces(tmp_path / "x", (memoryview(bytes(20)) for _ in range(2000)), lanes=lanes, fs=fs)
+    assert fs.calls == 2
 
 
 def test_a_base_that_is_cut_while_it_is_read_is_said_so(folder):

@@ -12,7 +12,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -65,6 +65,7 @@ def commit_folder(
     kind: str,
     notes: Notes | None = None,
     replace: bool = False,
+    read_back: bool = False,
     fs: FileSystem = REAL,
 ) -> Manifest:
     """Write a folder in one step, with a manifest that vouches for it.
@@ -76,6 +77,7 @@ def commit_folder(
         notes: What the manifest says about it besides, any JSON; or a function that is asked for it after the files
             are written.
         replace: Put the new folder in the place of one that exists.
+        read_back: The writer has read back what it tells the hashes of, so that those files are not read once more.
         fs: Where it lies.
 
     Raises:
@@ -103,9 +105,10 @@ def commit_folder(
             _check_target(target, replace, fs)
             fs.make_folder(temporary)
             stack.enter_context(fs.locked(temporary))
-        manifest = _fill(temporary, write, kind, notes or {}, fs)
+        manifest, told = _fill(temporary, write, kind, notes or {}, fs)
+        known = told if read_back else frozenset()
         with fs.locked(target.parent):
-            _swap(temporary, target, replace, fs, lambda: _read_back(target, manifest, write, fs))
+            _swap(temporary, target, replace, fs, lambda: _read_back(target, manifest, write, known, fs))
     return manifest
 
 
@@ -239,14 +242,23 @@ def _told(target: Path, size: int, fs: FileSystem) -> Iterator[None]:
         raise OutputError(message) from cause
 
 
-def _fill(folder: Path, write: Writer, kind: str, notes: Notes, fs: FileSystem) -> Manifest:
-    """Write all files and then the manifest into a new folder, and wait until they are on the disk."""
-    records = _fill_by_function(folder, write, fs) if callable(write) else _fill_by_name(folder, write, fs)
+def _fill(folder: Path, write: Writer, kind: str, notes: Notes, fs: FileSystem) -> tuple[Manifest, Collection[str]]:
+    """Write all files and then the manifest into a new folder, and wait until they are on the disk.
+
+    Returns:
+        The manifest, and of which files the writer told the hashes.
+    """
+    told: Mapping[str, FileRecord] = {}
+    if callable(write):
+        told = write(folder) or {}
+        records = _record_written(folder, told, fs)
+    else:
+        records = _fill_by_name(folder, write, fs)
     manifest = Manifest(kind, records, dict(notes() if callable(notes) else notes))
     fs.write_bytes(folder / MANIFEST, dump_manifest(manifest))
     for inner in fs.list_folders(folder):
         fs.fsync_folder(inner)
-    return manifest
+    return manifest, told.keys()
 
 
 def _fill_by_name(folder: Path, contents: Mapping[str, Content], fs: FileSystem) -> dict[str, FileRecord]:
@@ -274,8 +286,8 @@ def _hashed(content: Content, pending: Future[FileRecord] | None) -> FileRecord:
     return record_content(content)
 
 
-def _fill_by_function(folder: Path, write: Callable[[Path], Written], fs: FileSystem) -> dict[str, FileRecord]:
-    known = write(folder) or {}
+def _record_written(folder: Path, told: Mapping[str, FileRecord], fs: FileSystem) -> dict[str, FileRecord]:
+    """Return what a manifest says of the files that a function wrote."""
     names = fs.list_files(folder)
     _check_names(names)
     records = {}
@@ -284,19 +296,24 @@ def _fill_by_function(folder: Path, write: Callable[[Path], Written], fs: FileSy
             raise OutputError(f"{name}: only regular files can be committed, got a link or a device")
         fs.fsync_file(folder / name)
         # What was hashed on its way is compared with the disk when the folder is read back.
-        records[name] = known.get(name) or FileRecord(*fs.measure(folder / name))
+        records[name] = told.get(name) or FileRecord(*fs.measure(folder / name))
     return records
 
 
-def _read_back(target: Path, manifest: Manifest, write: Writer, fs: FileSystem) -> None:
+def _read_back(target: Path, manifest: Manifest, write: Writer, known: Collection[str], fs: FileSystem) -> None:
     """Raise unless the disk gives back what was written: equal to the memory it came from, where there is one."""
-    if callable(write):
+    if callable(write) and not known:
         verify_folder(target, fs=fs)
         return
-    found = read_manifest(target, fs=fs)
+    if callable(write):
+        found = verify_folder(target, manifest.files.keys() - known, fs=fs)
+        wrong = [name for name in sorted(known) if fs.size_of(target / name) != manifest.files[name].bytes]
+    else:
+        found = read_manifest(target, fs=fs)
+        wrong = [name for name, one in write.items() if not fs.holds(target / name, one)]
     problems = [] if found == manifest else [f"{MANIFEST}: not what was written"]
-    problems += [f"{name}: not what was written" for name, one in write.items() if not fs.holds(target / name, one)]
-    if fs.list_files(target) != sorted([*write, MANIFEST]):
+    problems += [f"{name}: not what was written" for name in wrong]
+    if fs.list_files(target) != sorted([*manifest.files, MANIFEST]):
         problems.append("there are more or fewer files than were written")
     if problems:
         raise DamagedArtefactError(f"{target}: the disk does not give back what was written to it", problems)

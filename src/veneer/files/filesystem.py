@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -121,17 +121,31 @@ class FileSystem:
         Raises:
             OSError: If it cannot be read, is not a regular file, or ends before.
         """
-        _require_regular(path)
         data = bytearray(length)
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            rest = memoryview(data)
-            while rest:
-                taken = file.readinto(rest)
-                if not taken:
-                    raise OSError(f"{path}: ends at byte {start + length - len(rest)}, before byte {start + length}")
-                rest = rest[taken:]
+        with self.reading(path) as read:
+            read(start, memoryview(data))
         return data
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[Callable[[int, memoryview], None]]:
+        """Open a regular file; yield what fills memory with its bytes from a place on, and raises where it ends before.
+
+        Raises:
+            OSError: If it cannot be read, is not a regular file, or ends before.
+        """
+        _require_regular(path)
+        with path.open("rb", buffering=0) as file:
+
+            def read(start: int, into: memoryview) -> None:
+                end = start + len(into)
+                file.seek(start)
+                while into:
+                    taken = file.readinto(into)
+                    if not taken:
+                        raise OSError(f"{path}: ends at byte {end - len(into)}, before byte {end}")
+                    into = into[taken:]
+
+            yield read
 
     def measure(self, path: Path) -> tuple[int, str]:
         """Return the size and the SHA-256 of a regular file, read in pieces.
@@ -223,6 +237,14 @@ class FileSystem:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # fsync there ends in the disk's own memory
         else:
             os.fsync(handle)
+
+    def flush(self, handle: int) -> None:
+        """Let the disk take now what was written to an open file so far, so that `fsync` has less to wait for.
+
+        It promises nothing, and what it raises `fsync` may not raise again: the system tells of a failed write once.
+        """
+        if sys.platform == "linux":
+            os.fdatasync(handle)
 
     def close(self, handle: int) -> None:
         """Close what was opened."""
