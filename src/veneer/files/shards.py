@@ -270,8 +270,8 @@ def write_pieces(
 ) -> FileRecord:
     """Write a new file of pieces, each hashed on its way, wait for the disk, and read it back.
 
-    Every byte is read back, from the system's cache as a rule: of each MiB a sum is compared, a quarter of the work of a
-    hash. That finds what was not written, or not there, or from memory that had changed since it was hashed; it does
+    Every byte is read back, from the system's cache as a rule: of each MiB a sum is compared, a quarter of the time of
+    a hash. That finds what was not written, or not there, or from memory that had changed since it was hashed; it does
     not find two words of a MiB that changed places.
 
     Args:
