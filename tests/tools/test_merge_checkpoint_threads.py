@@ -38,7 +38,9 @@ def adapter(worst: float = 1.0) -> Adapter:
     """One for all files; the factors of the third are multiplied."""
     pairs = {f"layers.{n}.q": LowRank(torch.randn(2, 16), torch.randn(ROWS, 2), 0.5) for n in range(FILES)}
     third = pairs["layers.2.q"]
-    return Adapter(pairs | {"layers.2.q": LowRank(third.lora_A, third.lora_B * worst, 0.5)}, LoRAConfig(rank=2))
+    return Adapter(
+        pairs | {"layers.2.q": LowRank(third.lora_A.double(), third.lora_B.double() * worst, 0.5)}, LoRAConfig(rank=2)
+    )
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8, None])
@@ -54,7 +56,7 @@ def test_any_number_of_cores_gives_the_same_files(base, tmp_path, monkeypatch, c
     for name, place in read_checkpoint(base).tensors.items():
         expected = read_tensor(read_checkpoint(base), name)
         if name.endswith("q.weight"):
-            expected = round_once(expected.double() + one.modules[name.removesuffix(".weight")].delta(torch.float64),
+            expected = round_once(expected.double() + one.modules[name.removesuffix(".weight")].delta(),
                                   torch.bfloat16)  # fmt: skip
         assert torch.equal(read_tensor(after, name), expected)
         assert record.inputs[place.file].sha256 == REAL.measure(base / place.file)[1]
@@ -70,8 +72,8 @@ def left(tmp_path) -> list[str]:
 @pytest.mark.parametrize("cores", [1, 2, 8])
 def test_what_is_wrong_with_one_file_is_what_is_said(base, tmp_path, monkeypatch, cores):
     monkeypatch.setattr(tool.os, "cpu_count", lambda: cores)
-    with pytest.raises(AdapterError, match=r"layers\.2\.q: the merged weight is not finite"):
-        merge_files(base, [(adapter(float("nan")), 1.0)], tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"layers\.2\.q: the merged weight reaches"):
+        merge_files(base, [(adapter(1e39), 1.0)], tmp_path / "out")
     assert left(tmp_path) == []
 
 
