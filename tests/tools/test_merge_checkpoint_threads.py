@@ -15,7 +15,7 @@ from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.shards import INDEX, read_checkpoint, read_tensor
 from veneer.files.tensors import dump_tensors
 from veneer.tools import merge_checkpoint as tool
-from veneer.tools.merge_checkpoint import merge_files
+from veneer.tools.merge_checkpoint import Order, carry_out, merge_files
 from veneer.tools.merge_weights import round_once
 
 FILES, ROWS = 5, 40
@@ -92,7 +92,7 @@ def test_a_disk_that_is_full_in_any_thread_leaves_nothing(base, tmp_path, monkey
 
     monkeypatch.setattr(tool.os, "cpu_count", lambda: cores)
     with pytest.raises(OutputError, match="make room"):
-        merge_files(base, [(adapter(), 1.0)], tmp_path / "out", fs=Full())
+        carry_out(Order(base, [(adapter(), 1.0)], tmp_path / "out"), Full())
     assert left(tmp_path) == []
 
 
@@ -120,5 +120,5 @@ def test_a_disk_that_gives_back_something_else_is_found(base, tmp_path):
             return super().write(handle, memoryview(spoilt.replace(b"\x80\x3f", b"\x80\x3e")))
 
     with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
-        merge_files(base, [(adapter(), 1.0)], tmp_path / "out", fs=Lying())
+        carry_out(Order(base, [(adapter(), 1.0)], tmp_path / "out"), Lying())
     assert left(tmp_path) == []

@@ -16,7 +16,7 @@ class MergedModule:
         kind: Kind of the layer.
         stored: How its weight was stored: a dtype, or the name of a quantised storage.
         became: How it is stored now.
-        max_change: Largest absolute value of the update.
+        max_change: Largest absolute value of the update; on files, of what was looked at.
         relative_change: ‖update‖ / ‖weight‖; None for an update of a weight that is zero.
         rounding_loss: ‖stored change − update‖ / ‖update‖: what the stored form cannot hold of the update.
         unchanged: Share of the updated numbers that are stored as before.
