@@ -1,7 +1,6 @@
 """The `veneer` command: its verbs, and how errors reach people."""
 
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -44,16 +43,16 @@ def main() -> None:
         code = app(standalone_mode=not as_json)  # with --json, what was typed wrong comes back here
         sys.exit(code)
     except VeneerError as error:
-        _fail(error, error.exit_code, error.message, error.problems, as_json=as_json)
+        _fail(error, error.exit_code, error, as_json=as_json)
     except typer.TyperException as error:
-        _fail(error, error.exit_code, error.format_message(), as_json=as_json)
+        _fail(error, error.exit_code, VeneerError(error.format_message()), as_json=as_json)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: nobody is left to be told
         sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission: the system's own words say it best
-        _fail(error, 1, str(error), as_json=as_json)
+        _fail(error, 1, VeneerError(str(error)), as_json=as_json)
     except MemoryError as error:  # where nothing could be cut smaller; what was committed stands
-        _fail(error, 1, "memory does not suffice; what was committed before stands", as_json=as_json)
+        _fail(error, 1, VeneerError("memory does not suffice; what was committed before stands"), as_json=as_json)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
             print("interrupted", file=sys.stderr)
@@ -66,11 +65,11 @@ def main() -> None:
         raise
 
 
-def _fail(error: Exception, exit_code: int, message: str, problems: Sequence[str] = (), *, as_json: bool) -> NoReturn:
+def _fail(error: Exception, exit_code: int, told: VeneerError, *, as_json: bool) -> NoReturn:
     """Say why a command failed, to people and, where they asked, to machines; and end."""
-    print(f"error: {message}" + "".join(f"\n  - {problem}" for problem in problems), file=sys.stderr)
+    print(f"error: {told}", file=sys.stderr)
     if as_json:
-        print_error(error, exit_code, message, problems)
+        print_error(error, exit_code, told.message, told.problems)
     sys.exit(exit_code)
 
 

@@ -129,11 +129,19 @@ def _rows(x_THE: Tensor, bucket: Bucket) -> Tensor:
     return x_THE[bucket.run].unflatten(0, (-1, bucket.places.shape[1]))
 
 
-def _grouped(x_THE: Tensor, bucket: Bucket, heads: int) -> Tensor:
+def _gradient_rows(dout_THE: Tensor, bucket: Bucket) -> Tensor:
+    """Return a bucket's rows of a gradient, zero where padding repeats a row: that must not count twice."""
+    rows_GSHE = _rows(dout_THE, bucket)
+    if bucket.run is not None:
+        return rows_GSHE
+    return rows_GSHE.masked_fill_(~bucket.real.to(rows_GSHE.device)[:, :, None, None], 0)
+
+
+def _grouped(rows_GSHE: Tensor, heads: int) -> Tensor:
     """Return a bucket's rows, shape (N, M, E) for `heads` = K: place by place, Q of them each; 16 bits widened."""
-    rows_GKSQE = _rows(x_THE, bucket).unflatten(2, (heads, -1)).transpose(1, 2)
-    wide = torch.promote_types(x_THE.dtype, torch.float32)
-    grouped_GKSQE = torch.empty(rows_GKSQE.shape, dtype=wide, device=x_THE.device)
+    rows_GKSQE = rows_GSHE.unflatten(2, (heads, -1)).transpose(1, 2)
+    wide = torch.promote_types(rows_GSHE.dtype, torch.float32)
+    grouped_GKSQE = torch.empty(rows_GKSQE.shape, dtype=wide, device=rows_GSHE.device)
     return grouped_GKSQE.copy_(rows_GKSQE).flatten(2, 3).flatten(0, 1)
 
 
@@ -257,7 +265,7 @@ def _way_of(bucket: Bucket, like: Tensor, window: int | None) -> "_Way":
 
 def _blocks_forward(given: _Parts, bucket: Bucket, task: _Task) -> tuple[Tensor, list[Tensor]]:
     """Return a bucket's outputs, shape (G, S, K, Q, E), and what its backward needs: queries, keys and values."""
-    q_NME, k_NSE, v_NSE = (_grouped(part, bucket, task.heads) for part in given)
+    q_NME, k_NSE, v_NSE = (_grouped(_rows(part, bucket), task.heads) for part in given)
     k_NLE, v_NLE = (_behind_prefix(own, part, bucket) for own, part in zip((k_NSE, v_NSE), given[1:], strict=True))
     part_NME = torch.empty_like(q_NME)
     for some, blocks in _work(q_NME, k_NLE, bucket, task):
@@ -267,10 +275,7 @@ def _blocks_forward(given: _Parts, bucket: Bucket, task: _Task) -> tuple[Tensor,
 
 def _blocks_backward(saved: list[Tensor], dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
     """Write a bucket's gradients, from what is first among what was saved, which is taken."""
-    dout_NME = _grouped(dout_THE, bucket, task.heads)
-    if bucket.run is None:  # padding repeats a row, whose gradient must not count twice
-        padding_GS = ~bucket.real.to(dout_NME.device)
-        _by_place(dout_NME, bucket).masked_fill_(padding_GS[:, :, None, None, None], 0)
+    dout_NME = _grouped(_gradient_rows(dout_THE, bucket), task.heads)
     q_NME, k_NLE, v_NLE = (saved.pop(0).to(dout_NME.dtype) for _ in range(3))
     dq_NME = torch.empty_like(q_NME)
     dk_NLE, dv_NLE = (torch.zeros_like(part) for part in (k_NLE, v_NLE))
@@ -292,12 +297,9 @@ def _kernel_forward(given: _Parts, bucket: Bucket, task: _Task) -> tuple[Tensor,
 
 
 def _kernel_backward(saved: list[Tensor], dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
-    dout_GSHE = _rows(dout_THE, bucket)
-    if bucket.run is None:
-        dout_GSHE.masked_fill_(~bucket.real.to(dout_GSHE.device)[:, :, None, None], 0)
     given = [saved.pop(0) for _ in range(5)]
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout_GSHE.transpose(1, 2), *given, 0.0, True, scale=task.scaling
+        _gradient_rows(dout_THE, bucket).transpose(1, 2), *given, 0.0, True, scale=task.scaling
     )
     for out, part_GHSE in zip(wanted, found, strict=True):
         _scatter(out, part_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)

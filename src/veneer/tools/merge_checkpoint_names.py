@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, shortened
 from veneer.names import did_you_mean
 
 _SHOWN = 20
@@ -53,8 +53,8 @@ def find_renaming(wanted: Collection[str], names: Collection[str]) -> Renaming:
             by_length.setdefault(len(rule.old), set()).add(rule)
     if not by_length:
         lines = [f"{name}: the files hold no such tensor{did_you_mean(name, known)}" for name in missing[:_SHOWN]]
-        more = [f"... and {len(missing) - _SHOWN} more"] if len(missing) > _SHOWN else []
-        raise AdapterError("the adapter does not fit the files (nothing was written)", lines + more)
+        problems = shortened(lines, _SHOWN, len(missing))
+        raise AdapterError("the adapter does not fit the files (nothing was written)", problems)
     best = by_length[min(by_length)]
     if len(best) > 1:
         places = sorted(rule(missing[0]) for rule in best)
