@@ -1,13 +1,14 @@
 """How do time and memory of a training step grow with its tokens, with the vocabulary, and past what memory would hold?
 
 For each model a row for each number of tokens a step, in sequences of 512 (one of 256 for the smallest), every token
-supervised, LoRA of rank 8 on all linear layers, float32: seconds, tokens a second, peak memory above the loaded model,
-and what the formula says that a step keeps. PEFT 0.21 on transformers beside it, at its strongest on a CPU (sdpa, no
-padding, no mask), as far as its memory goes. Each measurement is a process of its own: one step to warm up, then the
-best of N. `3b-int8` is a Llama of 3.2 billion parameters with random weights in int8, one optimiser step of 1,024
-tokens with its layers computed again in the backward.
+supervised, LoRA of rank 8 on all linear layers, float32 or `--dtype bfloat16`: seconds, tokens a second, peak memory
+above the loaded model, and what the formula says that a step keeps. PEFT 0.21 on transformers beside it, at its
+strongest on a CPU (sdpa, no padding, no mask), as far as its memory goes. Each measurement is a process of its own:
+one step to warm up, then the best of N. `3b-int8` is a Llama of 3.2 billion parameters with random weights in int8,
+one optimiser step of 1,024 tokens with its layers computed again in the backward.
 
     python benchmarks/train_scale.py --models smollm2 gemma qwen 3b-int8 --gguf-dir DIR
+    python benchmarks/train_scale.py --models gemma --gguf-dir DIR --dtype bfloat16 --tokens 2048
 """
 
 import argparse
@@ -83,10 +84,10 @@ def random_3b() -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def loaded(name: str, folder: str) -> PreTrainedModel:
+def loaded(name: str, folder: str, dtype: str) -> PreTrainedModel:
     if name == "3b-int8":
         return random_3b()
-    model, _ = veneer.load_base(name if name == "smollm2" else str(Path(folder, FILES[name])))
+    model, _ = veneer.load_base(name if name == "smollm2" else str(Path(folder, FILES[name])), dtype=dtype)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     return model
 
@@ -114,12 +115,14 @@ def formula_bytes(model: PreTrainedModel, tokens: int, parameters: int, *, again
     width += (queries + keys) * ("q_norm" in names)
     layers = config.num_hidden_layers
     kept = tokens * (config.hidden_size * layers + width if again else width * layers)
-    rows = veneer.ops.loss.chunk_rows(config.vocab_size, 4)
-    return 4 * (kept + min(rows, tokens) * config.vocab_size) + 12 * parameters
+    rows = min(veneer.ops.loss.chunk_rows(config.vocab_size, 4), tokens)
+    bytes_each = model.dtype.itemsize
+    logits = rows * config.vocab_size * (4 if bytes_each == 4 else 4 + bytes_each)
+    return bytes_each * kept + logits + 12 * parameters
 
 
-def ours(name: str, tokens: int, folder: str, steps: int) -> dict:
-    model = loaded(name, folder)
+def ours(name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict:
+    model = loaded(name, folder, dtype)
     before, again = memory("VmRSS"), name == "3b-int8"
     attachment = veneer.attach(model, veneer.LoRAConfig(rank=RANK, alpha=2 * RANK))
     model.train()
@@ -150,13 +153,14 @@ def ours(name: str, tokens: int, folder: str, steps: int) -> dict:
     }
 
 
-def pefts(name: str, tokens: int, folder: str, steps: int) -> dict:
+def pefts(name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict:
     import peft
 
-    model = loaded(name, folder)
+    model = loaded(name, folder, dtype)
     before = memory("VmRSS")
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
+    # In 16 bits PEFT would keep the factors in 32 and cast around each of them.
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
@@ -181,11 +185,11 @@ def work(pipe: Connection, who: str, *arguments: object) -> None:
     pipe.send(CONTENDERS[who](*arguments))
 
 
-def measure(who: str, name: str, tokens: int, folder: str, steps: int) -> dict | None:
+def measure(who: str, name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict | None:
     """Run a contender in a process of its own; None where it does not live to the end."""
     spawn = multiprocessing.get_context("spawn")
     mine, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(theirs, who, name, tokens, folder, steps))
+    process = spawn.Process(target=work, args=(theirs, who, name, tokens, folder, dtype, steps))
     process.start()
     theirs.close()
     try:
@@ -201,20 +205,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=TOKENS, default=["smollm2"])
     parser.add_argument("--gguf-dir", default=".", help="where get_models.sh put Gemma and Qwen")
     parser.add_argument("--steps", type=int, default=3, help="steps of each, the first of which warms up")
-    parser.add_argument("--most", type=int, default=1 << 20, help="leave out steps of more tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base, for both")
+    parser.add_argument("--tokens", type=int, nargs="+", help="steps of so many tokens; all by default")
     arguments = parser.parse_args()
     for name in arguments.models:
         results, rows = {}, []
         per_token: float | None = 0.0
-        for tokens in (one for one in TOKENS[name] if one <= arguments.most):
-            mine = measure("veneer", name, tokens, arguments.gguf_dir, arguments.steps if name != "3b-int8" else 1)
+        for tokens in arguments.tokens or TOKENS[name]:
+            how = arguments.gguf_dir, arguments.dtype, arguments.steps if name != "3b-int8" else 1
+            mine = measure("veneer", name, tokens, *how)
             fits = name != "3b-int8" and per_token is not None and per_token * tokens < MEMORY_LIMIT
-            theirs = measure("peft", name, tokens, arguments.gguf_dir, arguments.steps) if fits else None
+            theirs = measure("peft", name, tokens, *how) if fits else None
             per_token = theirs["peak"] / tokens if theirs else None
             results[tokens] = {"veneer": mine, "peft": theirs}
             rows.append(row(tokens, mine, theirs))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        path = save(f"train_scale_{name}", {"rank": RANK, "length": LENGTH, "results": results})
+        kind = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
+        facts = {"rank": RANK, "length": LENGTH, "dtype": arguments.dtype, "results": results}
+        path = save(f"train_scale_{name}{kind}", facts)
         print(f"\n{name}\n\n{table(rows)}\n\n{path}", flush=True)
 
 

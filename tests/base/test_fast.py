@@ -8,6 +8,7 @@ import transformers
 from tests.conftest import SIZES
 from torch import nn
 
+from veneer.base import fast as fast_ways
 from veneer.base.fast import fast_modules
 from veneer.base.load import quantise_base
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
@@ -243,6 +244,48 @@ def test_sequences_never_see_each_other():
     assert same[:3].all()
     assert same[10:].all()
     assert not same[5:10].any()
+
+
+def gradients_of(model, loss) -> dict[str, torch.Tensor]:
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forwards_that_wait_for_their_backward_keep_their_activations(family):
+    model = attached(model_of(*FAMILIES[family])).train()
+    batches = [batch(seed) for seed in range(3)]
+    with ragged_attention(model), fast_modules(model):
+        alone = [gradients_of(model, summed_loss(model, one)) for one in batches]
+        losses = [summed_loss(model, one) for one in batches]
+        with torch.no_grad():
+            summed_loss(model, batch(9))
+        together = [gradients_of(model, loss) for loss in losses]
+        after = gradients_of(model, summed_loss(model, batches[0]))
+    for expected, got in zip([*alone, alone[0]], [*together, after], strict=True):
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_what_layers_keep_lies_in_a_stack_that_each_forward_takes_anew(monkeypatch):
+    taken = []
+
+    class Watched(fast_ways.ActivationStack):
+        def reset(self) -> None:
+            taken.append(self._taken)
+            super().reset()
+
+    monkeypatch.setattr(fast_ways, "ActivationStack", Watched)
+    model = attached(model_of(*FAMILIES["llama"])).train()
+    with ragged_attention(model), fast_modules(model):
+        for _ in range(3):
+            summed_loss(model, batch()).backward()
+        with torch.no_grad():
+            hidden_states(model, batch())
+        summed_loss(model, batch()).backward()
+    assert taken[0] == 0
+    assert taken[1] > 4 * sum(LENGTHS) * SIZES["hidden_size"] * 4
+    assert len(taken) == 4
+    assert set(taken[1:]) == {taken[1]}
 
 
 @pytest.mark.gpu

@@ -196,8 +196,8 @@ def test_long_sequences_in_16_bits_go_to_torchs_kernel(monkeypatch):
     ways = {name: getattr(attention, name) for name in ("_KERNEL", "_BLOCKS")}
     for name, way in ways.items():
         watched = way._replace(
-            forward=lambda given, bucket, task, name=name, way=way: (
-                asked.append((name, bucket.places.shape[1])) or way.forward(given, bucket, task)
+            forward=lambda given, out, bucket, task, name=name, way=way: (
+                asked.append((name, bucket.places.shape[1])) or way.forward(given, out, bucket, task)
             )
         )
         monkeypatch.setattr(attention, name, watched)

@@ -42,7 +42,7 @@ def test_fast_and_plain_train_the_same_adapter(make_run, caplog):
 def test_layers_computed_again_give_the_same_bytes(make_run, caplog, monkeypatch, dropout):
     calls = []
     own = Block._mlp
-    monkeypatch.setattr(Block, "_mlp", lambda self, x: calls.append(torch.is_grad_enabled()) or own(self, x))
+    monkeypatch.setattr(Block, "_mlp", lambda self, *x: calls.append(torch.is_grad_enabled()) or own(self, *x))
     caplog.set_level(logging.INFO, logger="veneer")
     adapter = {"target_modules": ["q_proj", "up_proj"], "dropout": dropout}
     once = run(make_run("once", adapter))

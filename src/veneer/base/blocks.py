@@ -17,6 +17,7 @@ from veneer.base.ragged import ragged_attention_forward
 from veneer.nn.layer import has_hooks
 from veneer.nn.norms import rms_norm_of
 from veneer.nn.projection import projection_of
+from veneer.ops.keeping import Keep, kept_sum
 from veneer.ops.norm import RMSNorm, rms_norm
 from veneer.ops.projections import ACTIVATIONS, Activation, gated_projection, project
 from veneer.ops.rotary import rotate
@@ -58,6 +59,7 @@ LAYOUTS = (
 
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,51 +93,69 @@ class Block:
         position_embeddings: tuple[Tensor, Tensor],
         sequence_lengths: tuple[int, ...],
         sequence_prefixes: tuple[int | None, ...] | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
-        """Return what the layer makes of the rows of a ragged batch."""
+        """Return what the layer makes of the rows of a ragged batch; `keep` gives room for what backward needs."""
         x_TD = hidden_1TD.squeeze(0)  # a view both ways; an index would copy the gradient
         sequences = {"sequence_lengths": sequence_lengths, "sequence_prefixes": sequence_prefixes}
-        out_TD = self._attention(x_TD, position_embeddings, sequences)
-        x_TD = x_TD + self._normed(out_TD, self.layout.after_attention)
-        out_TD = self._mlp(x_TD)
-        return (x_TD + self._normed(out_TD, self.layout.after_mlp))[None]
+        out_TD = self._attention(x_TD, position_embeddings, sequences, keep)
+        x_TD = kept_sum(x_TD, self._normed(out_TD, self.layout.after_attention, keep), keep)
+        out_TD = self._mlp(x_TD, keep)
+        return kept_sum(x_TD, self._normed(out_TD, self.layout.after_mlp, keep), keep)[None]
 
-    def _normed(self, x: Tensor, name: str | None) -> Tensor:
-        return rms_norm(x, self.norms[name]) if name is not None and name in self.norms else x
+    def _has_norm(self, name: str | None) -> bool:
+        return name is not None and name in self.norms
 
-    def _projected(self, x_TD: Tensor, norm: str, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Return several layers' outputs for one normalised input."""
+    def _normed(self, x: Tensor, name: str | None, keep: Keep | None) -> Tensor:
+        return rms_norm(x, self.norms[name], keep) if name is not None and self._has_norm(name) else x
+
+    def _projected(
+        self, x_TD: Tensor, norm: str, names: tuple[str, ...], keep: Keep | None, kept: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        """Return several layers' outputs for one normalised input; `kept` says which a later backward needs."""
         modules = [self.part(name) for name in names]
         found = [projection_of(module, x_TD) for module in modules]
         if (fusible := [one for one in found if one is not None]) and len(fusible) == len(found):
-            return project(x_TD, fusible, self.norms[norm])
-        y_TD = rms_norm(x_TD, self.norms[norm])
+            return project(x_TD, fusible, self.norms[norm], keep, kept)
+        y_TD = rms_norm(x_TD, self.norms[norm], keep)
         return tuple(module(y_TD) for module in modules)
 
-    def _attention(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], sequences: dict[str, Any]) -> Tensor:
+    def _attention(
+        self, x_TD: Tensor, turns: tuple[Tensor, Tensor], sequences: dict[str, Any], keep: Keep | None
+    ) -> Tensor:
         names = tuple(f"self_attn.{name}" for name in _ATTENTION_PARTS)
+        # Attention keeps the values, and queries and keys once they are turned; a norm keeps what it gets.
+        kept = (*(place for place, norm in enumerate(_HEAD_NORMS) if self._has_norm(norm)), 2)
         q_THE, k_THE, v_THE = (
-            part.unflatten(-1, (-1, self.head_size)) for part in self._projected(x_TD, self.layout.attention, names[:3])
+            part.unflatten(-1, (-1, self.head_size))
+            for part in self._projected(x_TD, self.layout.attention, names[:3], keep, kept)
         )
         cos_TC, sin_TC = (part[0] for part in turns)
-        q_THE = rotate(self._normed(q_THE, "q_norm"), cos_TC, sin_TC)
-        k_THE = rotate(self._normed(k_THE, "k_norm"), cos_TC, sin_TC)
+        q_THE, k_THE = (
+            rotate(self._normed(part, norm, keep), cos_TC, sin_TC, keep)
+            for part, norm in zip((q_THE, k_THE), _HEAD_NORMS, strict=True)
+        )
         q_1HTE, k_1HTE, v_1HTE = (part.transpose(0, 1)[None] for part in (q_THE, k_THE, v_THE))
         attention = self.part("self_attn")
-        out, _ = ragged_attention_forward(attention, q_1HTE, k_1HTE, v_1HTE, None, **sequences, **self.options)
+        out, _ = ragged_attention_forward(
+            attention, q_1HTE, k_1HTE, v_1HTE, None, **sequences, **self.options, keep=keep
+        )
         out_TD = out.squeeze(0).flatten(1)
         output = self.part(names[3])
         projection = projection_of(output, out_TD)
-        return output(out_TD) if projection is None else project(out_TD, [projection])[0]
+        if projection is None:
+            return output(out_TD)
+        return project(out_TD, [projection], None, keep, (0,) if self._has_norm(self.layout.after_attention) else ())[0]
 
-    def _mlp(self, x_TD: Tensor) -> Tensor:
+    def _mlp(self, x_TD: Tensor, keep: Keep | None) -> Tensor:
         names = tuple(f"mlp.{name}" for name in _MLP_PARTS)
-        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, names[:2])
+        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, names[:2], keep, (0, 1))
         down = self.part(names[2])
         projection = projection_of(down, gate_TF)
         if projection is None:
             return down(self.activation.forward(gate_TF) * up_TF)
-        return gated_projection(gate_TF, up_TF, self.activation, projection)
+        behind = keep if self._has_norm(self.layout.after_mlp) else None
+        return gated_projection(gate_TF, up_TF, self.activation, projection, behind)
 
 
 def recognise(layer: nn.Module, options: Mapping[str, Any]) -> Block | None:
@@ -181,8 +201,13 @@ def _activation_of(module: nn.Module) -> Activation | None:
 Forward = Callable[..., Any]
 
 
-def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-    """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else."""
+def block_forward(
+    block: Block, own_forward: Forward, keep: Keep, hidden_states: Tensor, *args: Any, **options: Any
+) -> Any:
+    """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else.
+
+    What a backward will need goes where `keep` gives room.
+    """
     lengths = options.get("sequence_lengths")
     turns = options.get("position_embeddings")
     plain = not args and options.get("past_key_values") is None and options.get("attention_mask") is None
@@ -197,4 +222,9 @@ def block_forward(block: Block, own_forward: Forward, hidden_states: Tensor, *ar
     if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
         # In transformers' layers this is a part of `forward`.
         return layer._gradient_checkpointing_func(partial(block.forward, **given), hidden_states)
-    return block.forward(hidden_states, **given)
+    return block.forward(hidden_states, **given, keep=keep if _has_backward(layer, hidden_states) else None)
+
+
+def _has_backward(layer: nn.Module, hidden_states: Tensor) -> bool:
+    trains = hidden_states.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+    return torch.is_grad_enabled() and hidden_states.device.type == "cpu" and trains

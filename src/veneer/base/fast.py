@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from veneer.base.blocks import Block, block_forward, recognise
 from veneer.base.ragged import base_alone, hidden_states, probe_batch, ragged_attention
+from veneer.base.stack import ActivationStack
 from veneer.nn.layer import has_hooks
 from veneer.nn.linear import LoRALinear, plain_forward
 from veneer.nn.modes import evaluating
@@ -49,7 +50,8 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
 
     What a layer gives is proved before: on two short sequences, each layer that is replaced gave what it gives by
     itself, up to rounding. Modules keep their class, their names, their parameters and their place. Of decoder layers
-    only calls with a ragged batch go the fast way, so that generating within the block is what it was.
+    only calls with a ragged batch go the fast way, so that generating within the block is what it was. On a CPU, what
+    they keep for backward lies in an `ActivationStack`, which each forward takes anew.
 
     Args:
         model: A decoder of transformers, with an adapter attached or not.
@@ -68,8 +70,11 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
 
 def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
     blocks, left = _blocks(model, decoder_layers(model))
+    activations = ActivationStack()
+    if blocks:
+        stack.callback(model.get_decoder().register_forward_pre_hook(partial(_begin, activations)).remove)
     for block in blocks.values():
-        _replace(stack, block.layer, partial(block_forward, block, block.layer.forward))
+        _replace(stack, block.layer, partial(block_forward, block, block.layer.forward, activations.empty))
     norms = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{one}.") for one in blocks)
@@ -77,6 +82,11 @@ def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
             norms[path] = norm
             _replace(stack, module, partial(_norm_forward, norm, module.forward))
     return FastModules(tuple(blocks), tuple(norms), left)
+
+
+def _begin(activations: ActivationStack, decoder: nn.Module, args: Any) -> None:  # noqa: ARG001 (a hook's signature)
+    if torch.is_grad_enabled():
+        activations.reset()
 
 
 @contextmanager

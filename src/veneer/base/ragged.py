@@ -194,7 +194,10 @@ def ragged_attention_forward(
     if not dropout and query_1HTE.device.type == "cpu":
         scaling = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
         q_THE, k_TKE, v_TKE = (part.squeeze(0).transpose(0, 1) for part in (query_1HTE, key_1HTE, value_1HTE))
-        return causal_attention(q_THE, k_TKE, v_TKE, lengths, prefixes, scaling=scaling, window=window)[None], None
+        out_THE = causal_attention(
+            q_THE, k_TKE, v_TKE, lengths, prefixes, scaling=scaling, window=window, keep=options.get("keep")
+        )
+        return out_THE[None], None
     parts = (query_1HTE, key_1HTE, value_1HTE)
     return _attention_by_runs(*parts, lengths, prefixes, dropout=dropout, scaling=scaling, window=window)[None], None
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops.keeping import Keep, room
+
 BLOCK = 64
 """Places of a block of queries."""
 
@@ -218,7 +220,7 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps queries, keys and values, and what torch's kernel wants beside them; see `causal_attention`."""
+    """Keeps queries, keys and values as they came, and what torch's kernel wants beside; see `causal_attention`."""
 
     @staticmethod
     def forward(
@@ -228,32 +230,35 @@ class _Attention(torch.autograd.Function):
         v_TKE: Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[int | None] | None,
-        scaling: float,
-        window: int | None,
+        task: _Task,
+        keep: Keep | None,
     ) -> Tensor:
-        task = _Task(scaling, window, k_TKE.shape[1])
         buckets = buckets_of(lengths, prefixes)
-        found = [_way_of(one, q_THE, window).forward((q_THE, k_TKE, v_TKE), one, task) for one in buckets]
-        ctx.save_for_backward(*(part for _, saved in found for part in saved))
+        out_THE = room(keep, q_THE.shape, q_THE)
+        sums: list[Tensor] = []
+        for bucket in buckets:
+            way = _way_of(bucket, q_THE, task.window)
+            sums += way.forward((q_THE, k_TKE, v_TKE), out_THE, bucket, task)
+        beside = [out_THE, *(_kept(one, keep) for one in sums)] if sums else []
+        ctx.save_for_backward(q_THE, k_TKE, v_TKE, *beside)
         ctx.lengths, ctx.prefixes, ctx.task = lengths, prefixes, task
-        if len(buckets) == 1 and buckets[0].run is not None:
-            return found[0][0].reshape(q_THE.shape).to(q_THE.dtype)
-        out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        for bucket, (rows_GSKQE, _) in zip(buckets, found, strict=True):
-            _scatter(out_THE, rows_GSKQE, bucket)
         return out_THE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THE: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        tokens, _, size = dout_THE.shape
-        dq_THE = torch.empty_like(dout_THE, memory_format=torch.contiguous_format)
-        dk_TKE, dv_TKE = (dout_THE.new_empty(tokens, ctx.task.heads, size) for _ in range(2))
+        q_THE, k_TKE, v_TKE, *rest = ctx.saved_tensors
+        out_THE, sums = (rest[0], list(rest[1:])) if rest else (None, [])
+        given = (q_THE, k_TKE, v_TKE)
+        wanted = (q_THE.new_empty(q_THE.shape), k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape))
         for bucket in buckets_of(ctx.lengths, ctx.prefixes):
-            way = _way_of(bucket, dout_THE, ctx.task.window)
-            way.backward(saved, dout_THE, (dq_THE, dk_TKE, dv_TKE), bucket, ctx.task)
-        return dq_THE, dk_TKE, dv_TKE, None, None, None, None
+            way = _way_of(bucket, q_THE, ctx.task.window)
+            way.backward(given, _Kept(out_THE, sums), dout_THE, wanted, bucket, ctx.task)
+        return *wanted, None, None, None, None
+
+
+def _kept(sums_GHS: Tensor, keep: Keep | None) -> Tensor:
+    return sums_GHS if keep is None else keep(sums_GHS.shape, sums_GHS.dtype).copy_(sums_GHS)
 
 
 def _way_of(bucket: Bucket, like: Tensor, window: int | None) -> "_Way":
@@ -263,43 +268,66 @@ def _way_of(bucket: Bucket, like: Tensor, window: int | None) -> "_Way":
     return _KERNEL if like.dtype.itemsize < 4 and plain and length >= KERNEL_LENGTH else _BLOCKS
 
 
-def _blocks_forward(given: _Parts, bucket: Bucket, task: _Task) -> tuple[Tensor, list[Tensor]]:
-    """Return a bucket's outputs, shape (G, S, K, Q, E), and what its backward needs: queries, keys and values."""
-    q_NME, k_NSE, v_NSE = (_grouped(_rows(part, bucket), task.heads) for part in given)
-    k_NLE, v_NLE = (_behind_prefix(own, part, bucket) for own, part in zip((k_NSE, v_NSE), given[1:], strict=True))
+class _Kept(NamedTuple):
+    """What torch's kernel wants for its backward beside what it was given: its output, and each bucket's sums."""
+
+    out_THE: Tensor | None
+    sums: list[Tensor]
+
+
+def _blocks_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> list[Tensor]:
+    """Write a bucket's outputs; backward needs nothing but what was given."""
+    q_NME, k_NLE, v_NLE = _grouped_parts(given, bucket, task)
     part_NME = torch.empty_like(q_NME)
     for some, blocks in _work(q_NME, k_NLE, bucket, task):
         _forward((q_NME[some], k_NLE[some], v_NLE[some]), part_NME[some], task.scaling, blocks)
-    return _by_place(part_NME, bucket), [part.to(given[0].dtype) for part in (q_NME, k_NLE, v_NLE)]
+    _scatter(out_THE, _by_place(part_NME, bucket), bucket)
+    return []
 
 
-def _blocks_backward(saved: list[Tensor], dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
-    """Write a bucket's gradients, from what is first among what was saved, which is taken."""
+def _blocks_backward(
+    given: _Parts,
+    kept: _Kept,  # noqa: ARG001 (the kernel's)
+    dout_THE: Tensor,
+    wanted: _Parts,
+    bucket: Bucket,
+    task: _Task,
+) -> None:
+    """Write a bucket's gradients."""
     dout_NME = _grouped(_gradient_rows(dout_THE, bucket), task.heads)
-    q_NME, k_NLE, v_NLE = (saved.pop(0).to(dout_NME.dtype) for _ in range(3))
+    q_NME, k_NLE, v_NLE = _grouped_parts(given, bucket, task)
     dq_NME = torch.empty_like(q_NME)
     dk_NLE, dv_NLE = (torch.zeros_like(part) for part in (k_NLE, v_NLE))
     for some, blocks in _work(q_NME, k_NLE, bucket, task):
-        given = (q_NME[some], k_NLE[some], v_NLE[some])
-        _backward(given, dout_NME[some], (dq_NME[some], dk_NLE[some], dv_NLE[some]), task.scaling, blocks)
+        some_given = (q_NME[some], k_NLE[some], v_NLE[some])
+        _backward(some_given, dout_NME[some], (dq_NME[some], dk_NLE[some], dv_NLE[some]), task.scaling, blocks)
     _scatter(wanted[0], _by_place(dq_NME.mul_(task.scaling), bucket), bucket)
     _scatter_keys(wanted[1], dk_NLE.mul_(task.scaling), bucket)
     _scatter_keys(wanted[2], dv_NLE, bucket)
 
 
-def _kernel_forward(given: _Parts, bucket: Bucket, task: _Task) -> tuple[Tensor, list[Tensor]]:
-    """Do what `_blocks_forward` does by torch's kernel; what it gave is kept as well."""
+def _grouped_parts(given: _Parts, bucket: Bucket, task: _Task) -> _Parts:
+    """Return a bucket's queries, shape (N, M, E), and its keys and values, (N, L, E)."""
+    q_NME, k_NSE, v_NSE = (_grouped(_rows(part, bucket), task.heads) for part in given)
+    return q_NME, _behind_prefix(k_NSE, given[1], bucket), _behind_prefix(v_NSE, given[2], bucket)
+
+
+def _kernel_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> list[Tensor]:
+    """Do what `_blocks_forward` does by torch's kernel; return the sums that its backward needs."""
     q_GHSE, k_GKSE, v_GKSE = (_rows(part, bucket).transpose(1, 2) for part in given)
     out_GHSE, sums_GHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_GHSE, k_GKSE, v_GKSE, 0.0, True, scale=task.scaling
     )
-    return out_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), [q_GHSE, k_GKSE, v_GKSE, out_GHSE, sums_GHS]
+    _scatter(out_THE, out_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)
+    return [sums_GHS]
 
 
-def _kernel_backward(saved: list[Tensor], dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
-    given = [saved.pop(0) for _ in range(5)]
+def _kernel_backward(given: _Parts, kept: _Kept, dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
+    assert kept.out_THE is not None
+    q_GHSE, k_GKSE, v_GKSE, out_GHSE = (_rows(part, bucket).transpose(1, 2) for part in (*given, kept.out_THE))
+    dout_GHSE = _gradient_rows(dout_THE, bucket).transpose(1, 2)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _gradient_rows(dout_THE, bucket).transpose(1, 2), *given, 0.0, True, scale=task.scaling
+        dout_GHSE, q_GHSE, k_GKSE, v_GKSE, out_GHSE, kept.sums.pop(0), 0.0, True, scale=task.scaling
     )
     for out, part_GHSE in zip(wanted, found, strict=True):
         _scatter(out, part_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)
@@ -308,8 +336,8 @@ def _kernel_backward(saved: list[Tensor], dout_THE: Tensor, wanted: _Parts, buck
 class _Way(NamedTuple):
     """How a bucket is computed."""
 
-    forward: Callable[[_Parts, Bucket, _Task], tuple[Tensor, list[Tensor]]]
-    backward: Callable[[list[Tensor], Tensor, _Parts, Bucket, _Task], None]
+    forward: Callable[[_Parts, Tensor, Bucket, _Task], list[Tensor]]
+    backward: Callable[[_Parts, _Kept, Tensor, _Parts, Bucket, _Task], None]
 
 
 _BLOCKS = _Way(_blocks_forward, _blocks_backward)
@@ -368,6 +396,7 @@ def causal_attention(
     *,
     scaling: float,
     window: int | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Let each token attend to those before it in its own sequence, and to itself.
 
@@ -384,13 +413,14 @@ def causal_attention(
             is continued continues none.
         scaling: Factor of the products.
         window: How many tokens, itself included, a token sees; None for all.
+        keep: Gives room for the output, and for what backward needs beside.
 
     Returns:
         Tensor (T, H, E), contiguous. Differentiable once.
 
     Cost:
         Of the S² scores of a sequence S (S + 64) / 2 are computed; with a window only those near it. Backward computes
-        them again. Kept: queries, keys and values, those of a prefix for each sequence that continues it. Measured
+        them again. Kept: queries, keys and values as they came, and the output where torch's kernel is used. Measured
         against torch's kernel on two cores, forward and backward of about 2,048 tokens with 9 heads over 3: 0.66 of its
         time at sequences of 512, 0.83 at 2,048, 0.86 at 256, 0.94 at 128, 0.72 and 0.79 at eight unlike ones of chats.
         16 bits are computed in 32, long sequences without prefix or window by torch's kernel: 0.64 of its time at 128
@@ -407,4 +437,5 @@ def causal_attention(
         Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2. Differs: blocks of queries against all of
         their keys at once, so that nothing is rescaled.
     """
-    return _Attention.apply(q_THE, k_TKE, v_TKE, tuple(lengths), prefixes, scaling, window)
+    task = _Task(scaling, window, k_TKE.shape[1])
+    return _Attention.apply(q_THE, k_TKE, v_TKE, tuple(lengths), prefixes, task, keep)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.keeping import Keep, room
 from veneer.ops.lora import merged_weight
 from veneer.ops.product import BY_ITSELF, IN_PASSING, merging_pays, product, product_onto
 
@@ -55,8 +56,10 @@ class FrozenWeight:
                 yield rows, W_PI
 
 
-def apply_weight(x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, update: Update | None) -> Tensor:
-    """Return `x (W + s B A)ᵀ + bias`, in the cheaper order; no gradient of its own.
+def apply_weight(
+    x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, update: Update | None, keep: Keep | None = None
+) -> Tensor:
+    """Return `x (W + s B A)ᵀ + bias`, in the cheaper order, where `keep` gives room; no gradient of its own.
 
     Equals `ops.reference.lora_linear` for a dense weight. In 16 bits the sum is rounded once, see `product_onto`.
 
@@ -68,18 +71,20 @@ def apply_weight(x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, upda
     merged, beside = _ways(x_NI, weight, update)
     first_NO = None
     if beside is not None and x_NI.dtype.itemsize < 4:
-        first_NO = product(product(x_NI, beside.A_RI) * beside.scaling, beside.B_OR)
+        # With a bias, oneDNN writes the sum where it likes.
+        first_keep = keep if bias_O is None else None
+        first_NO = product(product(x_NI, beside.A_RI) * beside.scaling, beside.B_OR, keep=first_keep)
     y_NO: Tensor | None = None
     for rows, W_PI in weight.walk(x_NI.dtype, merged):
-        bias_P = None if bias_O is None else bias_O[rows]
+        bias_P, whole = None if bias_O is None else bias_O[rows], W_PI.shape[0] == weight.shape[0]
         if first_NO is None:
-            part_NP = product(x_NI, W_PI, bias_P)
+            part_NP = product(x_NI, W_PI, bias_P, keep if whole else None)
         else:
             part_NP = product_onto(first_NO[:, rows], x_NI, W_PI, bias_P)
-        if W_PI.shape[0] == weight.shape[0]:
+        if whole:
             y_NO = part_NP
         else:
-            y_NO = x_NI.new_empty(x_NI.shape[0], weight.shape[0]) if y_NO is None else y_NO
+            y_NO = room(keep, (x_NI.shape[0], weight.shape[0]), x_NI) if y_NO is None else y_NO
             y_NO[:, rows] = part_NP
     assert y_NO is not None
     if beside is not None and first_NO is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops.keeping import room, same_room
 from veneer.ops.product import product
 
 CHUNK_BYTES = 64 << 20
@@ -41,11 +42,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if needs_x else None
         loss = x_ND.new_zeros((), dtype=torch.float32 if x_ND.dtype.itemsize < 4 else x_ND.dtype)
         step = chunk_rows(W_VD.shape[0], loss.element_size())  # of what they are computed in
+        # A chunk lies where the one before did: on the heap something small, above it, would be in the way.
+        given, wide = same_room(x_ND.device), same_room(x_ND.device)
         for start in range(0, x_ND.shape[0], step):
             rows = slice(start, start + step)
             x_CD, targets_C1 = x_ND[rows], targets_N[rows, None]
             count = len(x_CD)
-            logits_CV = product(_filled(x_CD), W_VD, bias_V).to(loss.dtype)
+            logits_CV = product(_filled(x_CD), W_VD, bias_V, given)
+            if logits_CV.dtype != loss.dtype:
+                logits_CV = room(wide, logits_CV.shape, loss).copy_(logits_CV)
             target_logit_C1 = logits_CV[:count].gather(1, targets_C1)
             # A row less its maximum stays what it is, and its exponential can be taken in place.
             top_C1 = logits_CV.amax(1, keepdim=True)
@@ -55,8 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_ND is not None:
                 probability_CV.div_(total_C1)
                 probability_CV[:count].scatter_add_(1, targets_C1, -torch.ones_like(target_logit_C1))
-                dx_ND[rows] = product(probability_CV.to(W_VD.dtype), W_VD.T)[:count]
-            del logits_CV, probability_CV  # or two chunks of them exist while the next one is made
+                if probability_CV.dtype != W_VD.dtype:
+                    probability_CV = room(given, probability_CV.shape, W_VD).copy_(probability_CV)
+                dx_ND[rows] = product(probability_CV, W_VD.T)[:count]
+            del logits_CV, probability_CV  # or two chunks of them exist where a product is not written into the room
         ctx.save_for_backward(*([dx_ND] if dx_ND is not None else []))
         return loss
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops.keeping import Keep, room
+
 
 class RMSNorm(NamedTuple):
     """What an RMS norm computes with, all of it frozen.
@@ -33,10 +35,11 @@ def _wide(x_ND: Tensor) -> Tensor:
     return x_ND.float() if x_ND.dtype.itemsize < 4 else x_ND
 
 
-def normalise(x_ND: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+def normalise(x_ND: Tensor, norm: RMSNorm, keep: Keep | None = None) -> tuple[Tensor, Tensor]:
     """Return `x / rms(x) · gain` and `1 / rms(x)` of each row (N, 1); no gradient of its own."""
     wide_ND = _wide(x_ND)
-    mean_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True).square_().div_(x_ND.shape[-1])
+    room_N1 = room(keep, (*x_ND.shape[:-1], 1), wide_ND)
+    mean_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True, out=room_N1).square_().div_(x_ND.shape[-1])
     inverse_N1 = mean_N1.add_(norm.epsilon).rsqrt_()
     return renormalise(x_ND, inverse_N1, norm), inverse_N1
 
@@ -59,20 +62,20 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps the input and `1 / rms`; see `rms_norm`."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, norm: RMSNorm) -> Tensor:
-        y_ND, inverse_N1 = normalise(x_ND, norm)
+    def forward(ctx: Any, x_ND: Tensor, norm: RMSNorm, keep: Keep | None) -> Tensor:
+        y_ND, inverse_N1 = normalise(x_ND, norm, keep)
         ctx.save_for_backward(x_ND, inverse_N1)
         ctx.norm = norm
         return y_ND
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
         x_ND, inverse_N1 = ctx.saved_tensors
-        return norm_gradient(dy_ND, x_ND, inverse_N1, ctx.norm), None
+        return norm_gradient(dy_ND, x_ND, inverse_N1, ctx.norm), None, None
 
 
-def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+def rms_norm(x: Tensor, norm: RMSNorm, keep: Keep | None = None) -> Tensor:
     """Scale rows to a root mean square of one, then by a frozen gain.
 
     Equals, and is tested against, `ops.reference.rms_norm`:
@@ -82,6 +85,7 @@ def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     Args:
         x: Rows, shape (..., D).
         norm: Weight, epsilon and offset; they get no gradient.
+        keep: Gives room for what backward needs.
 
     Returns:
         Tensor of the shape and dtype of `x`; 16-bit rows are computed in float32. Differentiable once.
@@ -96,4 +100,4 @@ def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     Source:
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
-    return _RMSNorm.apply(x, norm)
+    return _RMSNorm.apply(x, norm, keep)

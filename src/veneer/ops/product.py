@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.keeping import Keep, room
+
 
 def _find_onednn(form: str) -> Callable[..., Tensor] | None:
     """Return oneDNN's linear, which torch's own compiler calls: as it is (`default`), or onto a tensor (`binary`)."""
@@ -40,7 +42,7 @@ BY_ITSELF = 1.0 if _ONEDNN is not None else 4.0
 """`share` of `merging_pays` where a copy of the weight is made for it: dear where skinny products are not."""
 
 
-def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep | None = None) -> Tensor:
     """Return `x Wᵀ + bias`, without a gradient of its own.
 
     Equals `F.linear(x, W, bias)` up to rounding. In float32 on a CPU it goes to oneDNN where that is quicker than the
@@ -51,15 +53,21 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         x_NI: Left side.
         W_OI: Right side, rows of which are outputs.
         bias_O: Added to each row, or None.
+        keep: Gives room for the result; oneDNN writes where it likes.
 
     Example:
         >>> product(torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
     on_cpu = x_NI.device.type == "cpu" and x_NI.dtype == W_OI.dtype == torch.float32
-    if _ONEDNN is None or not on_cpu or 0 in (x_NI.shape[0], *W_OI.shape):
+    if _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
+        return _ONEDNN(x_NI, W_OI, bias_O, "none", [], "")
+    if keep is None:
         return F.linear(x_NI, W_OI, bias_O)
-    return _ONEDNN(x_NI, W_OI, bias_O, "none", [], "")
+    out_NO = room(keep, (x_NI.shape[0], W_OI.shape[0]), x_NI)
+    if bias_O is None:
+        return torch.mm(x_NI, W_OI.T, out=out_NO)
+    return torch.addmm(bias_O, x_NI, W_OI.T, out=out_NO)
 
 
 def product_onto(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: N rows, I in, O out, R rank, Q the ranks of several layers side by side, F gate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight
+from veneer.ops.keeping import Keep
 from veneer.ops.lora import rank_gradient
 from veneer.ops.norm import RMSNorm, norm_gradient, normalise, renormalise
 from veneer.ops.product import product, sum_product
@@ -82,12 +83,19 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, norm: RMSNorm | None, frozen: Sequence[_Frozen], *factors: Tensor | None
+        ctx: Any,
+        x_NI: Tensor,
+        norm: RMSNorm | None,
+        frozen: Sequence[_Frozen],
+        keep: Keep | None,
+        kept: Collection[int],
+        *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y_NI, inverse_N1 = (x_NI, None) if norm is None else normalise(x_NI, norm)
+        y_NI, inverse_N1 = (x_NI, None) if norm is None else normalise(x_NI, norm, keep)
         updates = [one.update(*pair) for one, pair in zip(frozen, _pairs(factors), strict=True)]
         outs = tuple(
-            apply_weight(y_NI, one.weight, one.bias, update) for one, update in zip(frozen, updates, strict=True)
+            apply_weight(y_NI, one.weight, one.bias, update, keep if place in kept else None)
+            for place, (one, update) in enumerate(zip(frozen, updates, strict=True))
         )
         ctx.save_for_backward(x_NI, inverse_N1, *factors)
         ctx.norm, ctx.frozen = norm, frozen
@@ -104,7 +112,7 @@ class _Projections(torch.autograd.Function):
             for part, update in zip(dy, updates, strict=True)
         ]
         gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(updates)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[5:]):
             normed_NI = x_NI if norm is None else renormalise(x_NI, inverse_N1, norm)
             gradients = _factor_gradients(normed_NI, dz, dy, updates)
         dx_NI: Tensor | None = None
@@ -113,10 +121,16 @@ class _Projections(torch.autograd.Function):
                 dx_NI = apply_transposed(part, one.weight, update, dz_NR, dx_NI)
             if norm is not None and dx_NI is not None:
                 dx_NI = norm_gradient(dx_NI, x_NI, inverse_N1, norm)
-        return dx_NI, None, None, *(part for pair in gradients for part in pair)
+        return dx_NI, None, None, None, None, *(part for pair in gradients for part in pair)
 
 
-def project(x_NI: Tensor, projections: Sequence[Projection], norm: RMSNorm | None = None) -> tuple[Tensor, ...]:
+def project(
+    x_NI: Tensor,
+    projections: Sequence[Projection],
+    norm: RMSNorm | None = None,
+    keep: Keep | None = None,
+    kept: Collection[int] = (),
+) -> tuple[Tensor, ...]:
     """Apply several linear layers with their updates to one input, normalised first where there is a norm.
 
     Equals, and is tested against, the same made of `ops.reference.rms_norm` and `ops.reference.lora_linear`:
@@ -127,6 +141,8 @@ def project(x_NI: Tensor, projections: Sequence[Projection], norm: RMSNorm | Non
         x_NI: Input.
         projections: The layers; weights and biases get no gradient.
         norm: What the input goes through first.
+        keep: Gives room for what backward needs.
+        kept: Which of the outputs, by place, something behind needs for its backward.
 
     Returns:
         One tensor (N, O) for each layer. Differentiable once.
@@ -140,7 +156,8 @@ def project(x_NI: Tensor, projections: Sequence[Projection], norm: RMSNorm | Non
         >>> [out.tolist() for out in project(torch.ones(1, 3), [Projection(weight), Projection(weight)])]
         [[[3.0, 3.0]], [[3.0, 3.0]]]
     """
-    return _Projections.apply(x_NI, norm, [_Frozen(one) for one in projections], *_factors(projections))
+    frozen = [_Frozen(one) for one in projections]
+    return _Projections.apply(x_NI, norm, frozen, keep, kept, *_factors(projections))
 
 
 @dataclass(frozen=True)
@@ -178,13 +195,14 @@ class _GatedProjection(torch.autograd.Function):
         up_NF: Tensor,
         activation: Activation,
         frozen: _Frozen,
+        keep: Keep | None,
         A_RF: Tensor | None,
         B_OR: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(gate_NF, up_NF, A_RF, B_OR)
         ctx.activation, ctx.frozen = activation, frozen
         h_NF = activation.forward(gate_NF).mul_(up_NF)
-        return apply_weight(h_NF, frozen.weight, frozen.bias, frozen.update(A_RF, B_OR))
+        return apply_weight(h_NF, frozen.weight, frozen.bias, frozen.update(A_RF, B_OR), keep)
 
     @staticmethod
     @once_differentiable
@@ -195,17 +213,19 @@ class _GatedProjection(torch.autograd.Function):
         dz_NR = None if update is None else rank_gradient(dy_NO, update.B_OR, update.scaling)
         active_NF = ctx.activation.forward(gate_NF)
         dA_RF, dB_OR = None, None
-        if any(ctx.needs_input_grad[4:]):
+        if any(ctx.needs_input_grad[5:]):
             ((dA_RF, dB_OR),) = _factor_gradients(active_NF * up_NF, [dz_NR], [dy_NO], [update])
         dgate_NF = dup_NF = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dh_NF = apply_transposed(dy_NO, frozen.weight, update, dz_NR)
             dup_NF = active_NF.mul_(dh_NF)
             dgate_NF = ctx.activation.backward(dh_NF.mul_(up_NF), gate_NF)
-        return dgate_NF, dup_NF, None, None, dA_RF, dB_OR
+        return dgate_NF, dup_NF, None, None, None, dA_RF, dB_OR
 
 
-def gated_projection(gate_NF: Tensor, up_NF: Tensor, activation: Activation, projection: Projection) -> Tensor:
+def gated_projection(
+    gate_NF: Tensor, up_NF: Tensor, activation: Activation, projection: Projection, keep: Keep | None = None
+) -> Tensor:
     """Apply a linear layer with its update to a gated input.
 
     Equals, and is tested against, the same made of torch's activation and `ops.reference.lora_linear`:
@@ -217,6 +237,7 @@ def gated_projection(gate_NF: Tensor, up_NF: Tensor, activation: Activation, pro
         up_NF: What it is multiplied with.
         activation: One of `ACTIVATIONS`.
         projection: The layer; weight and bias get no gradient.
+        keep: Gives room for the output.
 
     Returns:
         Tensor (N, O). Differentiable once.
@@ -234,5 +255,5 @@ def gated_projection(gate_NF: Tensor, up_NF: Tensor, activation: Activation, pro
         Shazeer 2020, arXiv:2002.05202, equation 5; the backward after the idea of Liger Kernel, arXiv:2410.10989.
     """
     return _GatedProjection.apply(
-        gate_NF, up_NF, activation, _Frozen(projection), *(projection.factors or (None, None))
+        gate_NF, up_NF, activation, _Frozen(projection), keep, *(projection.factors or (None, None))
     )

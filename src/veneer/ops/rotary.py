@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops.keeping import Keep, room
 
-def _rotated(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, back: bool) -> Tensor:
+
+def _rotated(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, keep: Keep | None = None, *, back: bool) -> Tensor:
     size = cos_TC.shape[-1]
     half = size // 2
-    out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
+    out_THE = room(keep, x_THE.shape, x_THE)
     cos_T1C, sin_T1C = cos_TC.unsqueeze(1), sin_TC.unsqueeze(1)
     low, high = slice(0, half), slice(half, size)
     for mine, other, sign in ((low, high, -1), (high, low, 1)):
@@ -30,17 +32,17 @@ class _Rotate(torch.autograd.Function):
     """See `rotate`."""
 
     @staticmethod
-    def forward(ctx: Any, x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    def forward(ctx: Any, x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, keep: Keep | None) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
-        return _rotated(x_THE, cos_TC, sin_TC, back=False)
+        return _rotated(x_THE, cos_TC, sin_TC, keep, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_THE: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(dy_THE, *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, dy_THE: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rotated(dy_THE, *ctx.saved_tensors, back=True), None, None, None
 
 
-def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, keep: Keep | None = None) -> Tensor:
     """Turn the first C numbers of each head by the angles of its position.
 
     Equals, and is tested against, `ops.reference.rotate`:
@@ -52,6 +54,7 @@ def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         x_THE: Queries or keys.
         cos_TC: Cosines, the same for every head; they get no gradient.
         sin_TC: Sines.
+        keep: Gives room for the output.
 
     Returns:
         Tensor (T, H, E), contiguous. Differentiable once.
@@ -66,4 +69,4 @@ def rotate(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     Source:
         Su et al. 2021, arXiv:2104.09864, equation 34; halves instead of pairs, as in transformers.
     """
-    return _Rotate.apply(x_THE, cos_TC, sin_TC)
+    return _Rotate.apply(x_THE, cos_TC, sin_TC, keep)
