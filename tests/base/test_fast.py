@@ -246,6 +246,21 @@ def test_sequences_never_see_each_other():
     assert not same[5:10].any()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_in_16_bits_are_known_beside_large_hidden_states(family):
+    """Some channels of real models are a thousand times the others: what they are rounded to is more than a layer adds."""
+    model = model_of(*FAMILIES[family])
+    model.get_input_embeddings().weight.data[:, 3] *= 1000
+    with fast_modules(model.bfloat16()) as found:
+        assert len(found.blocks) == 2, str(found)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_layers_are_not_taken_for_known_ones_in_16_bits(family):
+    with fast_modules(model_of(*OTHERS[family]).bfloat16()) as found:
+        assert not found.blocks, str(found)
+
+
 def gradients_of(model, loss) -> dict[str, torch.Tensor]:
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))

@@ -32,6 +32,18 @@ def test_rms_norms_are_known(norm, offset):
     assert found.offset == offset
 
 
+@pytest.mark.parametrize("gain", [[0.1, -0.3, 0.5, 0.2, 0.0, 1.5, 90.0, 60.0], [60.0] * 8, [-1.0] * 7 + [300.0]])
+@pytest.mark.parametrize(("make", "offset"), [(LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_to_a_gain_is_found_beside_large_ones(make, offset, gain, dtype):
+    """Gemma 3's gains go up to 90: within 2 % of the largest output, 0.1 and 1.1 are alike."""
+    norm = make(8).to(dtype).requires_grad_(False)
+    norm.weight.copy_(torch.tensor(gain))
+    found = rms_norm_of(norm)
+    assert found is not None
+    assert found.offset == offset
+
+
 class Squared(LlamaRMSNorm):
     """Named like one, and another."""
 

@@ -357,11 +357,20 @@ def base_alone(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def difference_from_alone(model: PreTrainedModel, batch: RaggedBatch, got_TV: Tensor) -> tuple[float, float]:
-    """Return by how much logits differ from those of each sequence alone, as a share; and how much they may."""
+    """Return by how much logits differ from those of each sequence alone, as a share; and how much they may.
+
+    Measured in bfloat16: ways that are right differ by 0.012 (SmolLM2), 0.014 (Qwen2.5) and 0.033 (Gemma 3); with positions
+    twice as far apart it is 0.19 to 0.45, with sequences that see each other 0.25 to 0.93.
+    """
     parts = batch.token_ids.split(batch.lengths)
     expected_TV = torch.cat([model(input_ids=part[None].to(model.device)).logits[0] for part in parts])
-    difference = ((got_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
-    return difference, 1e-3 if got_TV.dtype == torch.float32 else 5e-2
+    return relative_error(got_TV, expected_TV), 1e-3 if got_TV.dtype.itemsize >= 4 else 5e-2
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return `|got - expected| / |expected|`: in 16 bits the largest of many differences says little."""
+    wide = expected.double()
+    return (torch.linalg.vector_norm(got.double() - wide) / torch.linalg.vector_norm(wide)).item()
 
 
 def check_ragged(model: PreTrainedModel) -> None:
