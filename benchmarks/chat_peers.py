@@ -36,12 +36,23 @@ SEARCHED = {
 }
 ALONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}  # nothing to pad
 BEST: Mapping[str, Mapping[str, Any]] = {
-    "trl": {"arguments": {**ALONE, "gradient_checkpointing": False}},
-    "unsloth": {"unsloth": True, "arguments": {**ALONE, "gradient_checkpointing": False}, "checkpointing": False},
+    "trl": {
+        "model": {"dtype": "bfloat16"},
+        "arguments": {**ALONE, "gradient_checkpointing": False, "bf16": False, "torch_compile": True},
+    },
+    "unsloth": {
+        "unsloth": True,
+        "arguments": {**ALONE, "gradient_checkpointing": False},
+        "checkpointing": False,
+        "environment": {"UNSLOTH_CPU_COMPILE": "1"},
+    },
     "mlx": {"rows": 2, "grad_checkpoint": False, "dtype": "float32"},
 }
-"""What is taken for a peer's best where no search has been run."""
-SAME_LOSS = {"arguments": {**ALONE, "gradient_checkpointing": False, "bf16": False}}
+"""What is taken for a peer's best where no search has been run to its end: the best of those tried (docs/log.md)."""
+SAME_LOSS: Mapping[str, Any] = {
+    "model": {"dtype": "float32"},
+    "arguments": {**ALONE, "gradient_checkpointing": False, "bf16": True, "torch_compile": True},
+}
 
 # mlx links the reference BLAS; PyPI's OpenBLAS gives its functions a prefix.
 BLAS_SHIM = r"""
@@ -85,7 +96,7 @@ def best_options(peer: str, kind: str = "best") -> tuple[dict[str, Any], str]:
     path = SEARCHED[peer]
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))[kind]["options"], "found by --search"
-    return {**BEST[peer], **(SAME_LOSS if (peer, kind) == ("trl", "best_same_loss") else {})}, "not searched"
+    return {**BEST[peer], **(SAME_LOSS if (peer, kind) == ("trl", "best_same_loss") else {})}, "of those tried"
 
 
 def trl_contender(name: str, options: Mapping[str, Any]) -> Contender:

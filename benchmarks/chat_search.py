@@ -83,8 +83,8 @@ MLX: dict[str, dict[str, Options]] = {
 }
 START: dict[str, Options] = {"trl": {}, "unsloth": {"unsloth": True}, "mlx": {}}
 NEAR: dict[str, dict[str, str]] = {
-    "trl": {"checkpointing": "off", "batch": "1 x 8"},
-    "unsloth": {"checkpointing": "off", "batch": "1 x 8"},
+    "trl": {"precision": "bf16 weights", "checkpointing": "off", "batch": "1 x 8", "compile": "yes"},
+    "unsloth": {"checkpointing": "off", "batch": "1 x 8", "compile": "yes"},
     "mlx": {"batch": "2 x 4"},
 }
 """Where a search begins, beside the first value of each other dimension."""

@@ -248,7 +248,7 @@ def test_sequences_never_see_each_other():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_in_16_bits_are_known_beside_large_hidden_states(family):
-    """Some channels of real models are a thousand times the others: what they are rounded to is more than a layer adds."""
+    """Some channels of real models are a thousand times the others: rounding them is more than what a layer adds."""
     model = model_of(*FAMILIES[family])
     model.get_input_embeddings().weight.data[:, 3] *= 1000
     with fast_modules(model.bfloat16()) as found:

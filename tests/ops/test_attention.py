@@ -191,17 +191,28 @@ def test_sequences_of_a_padded_bucket_do_not_feel_each_other_in_torchs_kernel(mo
         assert ours[first].isnan().any()
 
 
-def test_long_sequences_in_16_bits_go_to_torchs_kernel(monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "window", "expected"),
+    [
+        (torch.bfloat16, None, "kernel kernel blocks | kernel blocks blocks"),
+        (torch.bfloat16, 600, "kernel kernel blocks | kernel blocks blocks"),
+        (torch.bfloat16, 400, "blocks kernel blocks | blocks blocks blocks"),
+        (torch.float32, None, "blocks blocks blocks | blocks blocks blocks"),
+    ],
+)
+def test_what_goes_to_torchs_kernel(monkeypatch, dtype, window, expected):
+    """In 16 bits without window or prefix: all forwards, the backwards of long sequences."""
     asked = []
-    ways = {name: getattr(attention, name) for name in ("_KERNEL", "_BLOCKS")}
-    for name, way in ways.items():
-        watched = way._replace(
-            forward=lambda given, out, bucket, task, name=name, way=way: (
-                asked.append((name, bucket.places.shape[1])) or way.forward(given, out, bucket, task)
-            )
-        )
-        monkeypatch.setattr(attention, name, watched)
+    for way in ("forward", "backward"):
+        for name in ("kernel", "blocks"):
+            own = getattr(attention, f"_{name}_{way}")
+            note = lambda *x, name=name, own=own: asked.append(name) or own(*x)  # noqa: E731
+            monkeypatch.setattr(attention, f"_{name}_{way}", note)
     long = attention.KERNEL_LENGTH
-    q, k, v, _ = drawn(3 * long, 1, 1, 8, torch.bfloat16)
-    causal_attention(q, k, v, (long, long - 100, long + 100), (None, None, 1), scaling=1.0)
-    assert asked == [("_KERNEL", long), ("_BLOCKS", long - 100), ("_BLOCKS", long + 100)]
+    q, k, v, d = drawn(2 * long - 100, 1, 1, 8, dtype)
+    for one in (q, k, v):
+        one.requires_grad_()
+    out = causal_attention(q, k, v, (long, long - 200, 100), (None, None, 1), scaling=1.0, window=window)
+    asked.append("|")
+    out.backward(d)
+    assert " ".join(asked) == expected

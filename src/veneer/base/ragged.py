@@ -359,8 +359,8 @@ def base_alone(model: PreTrainedModel) -> AbstractContextManager[None]:
 def difference_from_alone(model: PreTrainedModel, batch: RaggedBatch, got_TV: Tensor) -> tuple[float, float]:
     """Return by how much logits differ from those of each sequence alone, as a share; and how much they may.
 
-    Measured in bfloat16: ways that are right differ by 0.012 (SmolLM2), 0.014 (Qwen2.5) and 0.033 (Gemma 3); with positions
-    twice as far apart it is 0.19 to 0.45, with sequences that see each other 0.25 to 0.93.
+    Measured in bfloat16: ways that are right differ by 0.012 (SmolLM2), 0.014 (Qwen2.5) and 0.033 (Gemma 3); with
+    positions twice as far apart it is 0.19 to 0.45, with sequences that see each other 0.25 to 0.93.
     """
     parts = batch.token_ids.split(batch.lengths)
     expected_TV = torch.cat([model(input_ids=part[None].to(model.device)).logits[0] for part in parts])

@@ -6,7 +6,7 @@ block or a bucket sees, P tokens of a prefix that sequences continue, E head siz
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ SCORE_BYTES = 4 << 20
 LONG = 256
 """Sequences of so many tokens are worth more calls for an even share of work."""
 
-KERNEL_LENGTH = 192
-"""Sequences of so many tokens are quicker through torch's kernel in 16 bits: measured, 128 are not and 256 are."""
+KERNEL_LENGTH = 512
+"""Sequences of so many tokens have a quicker backward by torch's kernel in 16 bits; its forward is quicker for all."""
 
 PADDING = 0.8
 """A bucket's shortest sequence has at least this share of its longest's length, or fits into a block with it."""
@@ -237,63 +237,52 @@ class _Attention(torch.autograd.Function):
         out_THE = room(keep, q_THE.shape, q_THE)
         sums: list[Tensor] = []
         for bucket in buckets:
-            way = _way_of(bucket, q_THE, task.window)
-            sums += way.forward((q_THE, k_TKE, v_TKE), out_THE, bucket, task)
-        beside = [out_THE, *(_kept(one, keep) for one in sums)] if sums else []
-        ctx.save_for_backward(q_THE, k_TKE, v_TKE, *beside)
+            if not _knows(bucket, q_THE, task):
+                _blocks_forward((q_THE, k_TKE, v_TKE), out_THE, bucket, task)
+                continue
+            sums_GHS = _kernel_forward((q_THE, k_TKE, v_TKE), out_THE, bucket, task)
+            if _is_long(bucket):
+                sums.append(sums_GHS if keep is None else keep(sums_GHS.shape, sums_GHS.dtype).copy_(sums_GHS))
+        # What a backward does not read is not kept.
+        ctx.save_for_backward(q_THE, k_TKE, v_TKE, *([out_THE, *sums] if sums else []))
         ctx.lengths, ctx.prefixes, ctx.task = lengths, prefixes, task
         return out_THE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THE: Tensor) -> tuple[Tensor | None, ...]:
-        q_THE, k_TKE, v_TKE, *rest = ctx.saved_tensors
-        out_THE, sums = (rest[0], list(rest[1:])) if rest else (None, [])
-        given = (q_THE, k_TKE, v_TKE)
+        q_THE, k_TKE, v_TKE, *outputs = ctx.saved_tensors
+        given, sums = (q_THE, k_TKE, v_TKE), iter(outputs[1:])
         wanted = (q_THE.new_empty(q_THE.shape), k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape))
         for bucket in buckets_of(ctx.lengths, ctx.prefixes):
-            way = _way_of(bucket, q_THE, ctx.task.window)
-            way.backward(given, _Kept(out_THE, sums), dout_THE, wanted, bucket, ctx.task)
+            if _knows(bucket, q_THE, ctx.task) and _is_long(bucket):
+                _kernel_backward(given, (outputs[0], next(sums)), dout_THE, wanted, bucket, ctx.task)
+            else:
+                _blocks_backward(given, dout_THE, wanted, bucket, ctx.task)
         return *wanted, None, None, None, None
 
 
-def _kept(sums_GHS: Tensor, keep: Keep | None) -> Tensor:
-    return sums_GHS if keep is None else keep(sums_GHS.shape, sums_GHS.dtype).copy_(sums_GHS)
+def _knows(bucket: Bucket, like: Tensor, task: _Task) -> bool:
+    """Tell whether torch's kernel knows a bucket's attention: it has no windows, and is quick in 16 bits alone."""
+    fits = task.window is None or task.window >= bucket.places.shape[1]
+    return like.dtype.itemsize < 4 and bucket.before is None and fits
 
 
-def _way_of(bucket: Bucket, like: Tensor, window: int | None) -> "_Way":
-    """Return how a bucket's done: torch's kernel is quicker for long sequences in 16 bits, but knows no windows."""
-    length = bucket.places.shape[1]
-    plain = bucket.before is None and (window is None or window >= length)
-    return _KERNEL if like.dtype.itemsize < 4 and plain and length >= KERNEL_LENGTH else _BLOCKS
+def _is_long(bucket: Bucket) -> bool:
+    return bucket.places.shape[1] >= KERNEL_LENGTH
 
 
-class _Kept(NamedTuple):
-    """What torch's kernel wants for its backward beside what it was given: its output, and each bucket's sums."""
-
-    out_THE: Tensor | None
-    sums: list[Tensor]
-
-
-def _blocks_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> list[Tensor]:
-    """Write a bucket's outputs; backward needs nothing but what was given."""
+def _blocks_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> None:
+    """Write a bucket's outputs."""
     q_NME, k_NLE, v_NLE = _grouped_parts(given, bucket, task)
     part_NME = torch.empty_like(q_NME)
     for some, blocks in _work(q_NME, k_NLE, bucket, task):
         _forward((q_NME[some], k_NLE[some], v_NLE[some]), part_NME[some], task.scaling, blocks)
     _scatter(out_THE, _by_place(part_NME, bucket), bucket)
-    return []
 
 
-def _blocks_backward(
-    given: _Parts,
-    kept: _Kept,  # noqa: ARG001 (the kernel's)
-    dout_THE: Tensor,
-    wanted: _Parts,
-    bucket: Bucket,
-    task: _Task,
-) -> None:
-    """Write a bucket's gradients."""
+def _blocks_backward(given: _Parts, dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
+    """Write a bucket's gradients, from nothing but what was given."""
     dout_NME = _grouped(_gradient_rows(dout_THE, bucket), task.heads)
     q_NME, k_NLE, v_NLE = _grouped_parts(given, bucket, task)
     dq_NME = torch.empty_like(q_NME)
@@ -312,36 +301,28 @@ def _grouped_parts(given: _Parts, bucket: Bucket, task: _Task) -> _Parts:
     return q_NME, _behind_prefix(k_NSE, given[1], bucket), _behind_prefix(v_NSE, given[2], bucket)
 
 
-def _kernel_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> list[Tensor]:
+def _kernel_forward(given: _Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> Tensor:
     """Do what `_blocks_forward` does by torch's kernel; return the sums that its backward needs."""
     q_GHSE, k_GKSE, v_GKSE = (_rows(part, bucket).transpose(1, 2) for part in given)
     out_GHSE, sums_GHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_GHSE, k_GKSE, v_GKSE, 0.0, True, scale=task.scaling
     )
     _scatter(out_THE, out_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)
-    return [sums_GHS]
+    return sums_GHS
 
 
-def _kernel_backward(given: _Parts, kept: _Kept, dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task) -> None:
-    assert kept.out_THE is not None
-    q_GHSE, k_GKSE, v_GKSE, out_GHSE = (_rows(part, bucket).transpose(1, 2) for part in (*given, kept.out_THE))
+def _kernel_backward(
+    given: _Parts, found: tuple[Tensor, Tensor], dout_THE: Tensor, wanted: _Parts, bucket: Bucket, task: _Task
+) -> None:
+    """Do what `_blocks_backward` does by torch's kernel, from its output of all buckets and its sums of this one."""
+    out_THE, sums_GHS = found
+    q_GHSE, k_GKSE, v_GKSE, out_GHSE = (_rows(part, bucket).transpose(1, 2) for part in (*given, out_THE))
     dout_GHSE = _gradient_rows(dout_THE, bucket).transpose(1, 2)
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout_GHSE, q_GHSE, k_GKSE, v_GKSE, out_GHSE, kept.sums.pop(0), 0.0, True, scale=task.scaling
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout_GHSE, q_GHSE, k_GKSE, v_GKSE, out_GHSE, sums_GHS, 0.0, True, scale=task.scaling
     )
-    for out, part_GHSE in zip(wanted, found, strict=True):
-        _scatter(out, part_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)
-
-
-class _Way(NamedTuple):
-    """How a bucket is computed."""
-
-    forward: Callable[[_Parts, Tensor, Bucket, _Task], list[Tensor]]
-    backward: Callable[[_Parts, _Kept, Tensor, _Parts, Bucket, _Task], None]
-
-
-_BLOCKS = _Way(_blocks_forward, _blocks_backward)
-_KERNEL = _Way(_kernel_forward, _kernel_backward)
+    for part_THE, part_GHSE in zip(wanted, gradients, strict=True):
+        _scatter(part_THE, part_GHSE.transpose(1, 2).unflatten(2, (task.heads, -1)), bucket)
 
 
 def _work(q_NME: Tensor, k_NLE: Tensor, bucket: Bucket, task: _Task) -> Iterator[tuple[slice, list[_Block]]]:
@@ -420,11 +401,11 @@ def causal_attention(
 
     Cost:
         Of the S² scores of a sequence S (S + 64) / 2 are computed; with a window only those near it. Backward computes
-        them again. Kept: queries, keys and values as they came, and the output where torch's kernel is used. Measured
-        against torch's kernel on two cores, forward and backward of about 2,048 tokens with 9 heads over 3: 0.66 of its
-        time at sequences of 512, 0.83 at 2,048, 0.86 at 256, 0.94 at 128, 0.72 and 0.79 at eight unlike ones of chats.
-        16 bits are computed in 32, long sequences without prefix or window by torch's kernel: 0.64 of its time at 128
-        tokens, 0.66 to 0.82 at unlike ones of chats, all gradients as exact or more so.
+        them again. Kept: queries, keys and values as they came, and the output where torch's kernel does the backward.
+        Measured against torch's kernel on two cores, forward and backward of about 2,048 tokens with 9 heads over 3:
+        0.66 of its time at sequences of 512, 0.83 at 2,048, 0.86 at 256, 0.94 at 128, 0.72 and 0.79 at eight unlike ones of chats.
+        16 bits are computed in 32. Without prefix or window torch's kernel does the forward (0.25 to 0.7 of the blocks'
+        time) and, from 512 tokens on, the backward (0.52 to 1.2 of it; below that 1.05 to 2.7).
 
     Example:
         >>> q, v = torch.ones(3, 1, 1), torch.arange(3.0).view(3, 1, 1)
