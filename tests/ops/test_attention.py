@@ -126,7 +126,7 @@ def test_a_bucket_continues_one_sequence_which_stands_in_a_bucket_before(tree):
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     done: set[int] = set()
     for bucket in buckets_of(*tree):
-        members = {starts.index(int(place)) for place in bucket.places[:, 0]}
+        members = {starts.index(rows.start) for rows in bucket.rows}
         found = {prefixes[index] for index in members}
         assert len(found) == 1
         if (prefix := found.pop()) is None:
@@ -140,16 +140,20 @@ def test_a_bucket_continues_one_sequence_which_stands_in_a_bucket_before(tree):
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=30))
 def test_buckets_hold_every_token_once_and_little_padding(lengths):
-    total = sum(lengths)
     buckets = buckets_of(lengths)
-    places = torch.cat([bucket.places[bucket.real] for bucket in buckets])
-    assert places.sort().values.tolist() == list(range(total))
+    stops = torch.tensor(lengths).cumsum(0).tolist()
+    expected = [slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+    found = [rows for bucket in buckets for rows in bucket.rows]
+    assert sorted(found, key=lambda rows: rows.start) == expected
     for bucket in buckets:
-        own, longest = bucket.real.sum(1), bucket.places.shape[1]
-        assert longest == own.max()
-        assert longest <= attention.BLOCK or own.min() >= attention.PADDING * longest
-        ends = bucket.places.gather(1, own[:, None] - 1)
-        assert torch.equal(bucket.places[~bucket.real], ends.expand_as(bucket.places)[~bucket.real])  # its own row
+        own = [rows.stop - rows.start for rows in bucket.rows]
+        assert bucket.length == own[0] == max(own)
+        assert bucket.length <= attention.BLOCK or min(own) >= attention.PADDING * bucket.length
+        if bucket.run is not None:
+            assert set(own) == {bucket.length}
+            assert [place for rows in bucket.rows for place in range(rows.start, rows.stop)] == list(
+                range(bucket.run.start, bucket.run.stop)
+            )
 
 
 def test_nothing_of_a_sequence_reaches_another_in_its_bucket():

@@ -41,13 +41,16 @@ def normalise(x_ND: Tensor, norm: RMSNorm, keep: Keep | None = None) -> tuple[Te
     room_N1 = room(keep, (*x_ND.shape[:-1], 1), wide_ND)
     mean_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True, out=room_N1).square_().div_(x_ND.shape[-1])
     inverse_N1 = mean_N1.add_(norm.epsilon).rsqrt_()
-    return renormalise(x_ND, inverse_N1, norm), inverse_N1
+    return _scaled(wide_ND, inverse_N1, norm).to(x_ND.dtype), inverse_N1
 
 
 def renormalise(x_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
     """Return the output again from what was kept."""
-    wide_ND = _wide(x_ND)
-    return (wide_ND * inverse_N1).mul_(norm.gain(wide_ND.dtype)).to(x_ND.dtype)
+    return _scaled(_wide(x_ND), inverse_N1, norm).to(x_ND.dtype)
+
+
+def _scaled(wide_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
+    return (wide_ND * inverse_N1).mul_(norm.gain(wide_ND.dtype))
 
 
 def norm_gradient(dy_ND: Tensor, x_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
