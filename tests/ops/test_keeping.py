@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from veneer.ops import product as products
 from veneer.ops.attention import causal_attention
 from veneer.ops.frozen import FrozenWeight
 from veneer.ops.keeping import kept_sum, room, same_room
@@ -27,6 +28,11 @@ class Keeper:
 
     def gave(self, tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in {one.untyped_storage().data_ptr() for one in self.given}
+
+
+def writes_where_it_likes(dtype) -> bool:
+    """oneDNN does, which products in float32 go to on some processors."""
+    return dtype == torch.float32 and products._ONEDNN is not None
 
 
 def drawn(*shape, dtype, trains=True):
@@ -84,9 +90,9 @@ def test_values_and_gradients_are_those_of_the_heap(make, dtype):
         gradients = torch.autograd.grad(sum(out.square().sum() for out in outs), inputs)
         found.append([*outs, *gradients])
         if keep is not None:
-            assert keep.given
             assert not any(one.isnan().any() for one in keep.given)
-            if make is not projected or dtype != torch.float32:  # oneDNN writes where it likes
+            if make not in (projected, gated) or not writes_where_it_likes(dtype):
+                assert keep.given
                 assert all(keep.gave(out) for out in kept)
     for plain, kept in zip(*found, strict=True):
         assert torch.equal(plain, kept)
