@@ -103,11 +103,12 @@ class Block:
         out_TD = self._mlp(x_TD, keep)
         return kept_sum(x_TD, self._normed(out_TD, self.layout.after_mlp, keep), keep)[None]
 
-    def _has_norm(self, name: str | None) -> bool:
-        return name is not None and name in self.norms
+    def _norm(self, name: str | None) -> RMSNorm | None:
+        return None if name is None else self.norms.get(name)
 
     def _normed(self, x: Tensor, name: str | None, keep: Keep | None) -> Tensor:
-        return rms_norm(x, self.norms[name], keep) if name is not None and self._has_norm(name) else x
+        norm = self._norm(name)
+        return x if norm is None else rms_norm(x, norm, keep)
 
     def _projected(
         self, x_TD: Tensor, norm: str, names: tuple[str, ...], keep: Keep | None, kept: tuple[int, ...]
@@ -125,15 +126,15 @@ class Block:
     ) -> Tensor:
         names = tuple(f"self_attn.{name}" for name in _ATTENTION_PARTS)
         # Attention keeps the values, and queries and keys once they are turned; a norm keeps what it gets.
-        kept = (*(place for place, norm in enumerate(_HEAD_NORMS) if self._has_norm(norm)), 2)
+        kept = (*(place for place, name in enumerate(_HEAD_NORMS) if self._norm(name) is not None), 2)
         q_THE, k_THE, v_THE = (
             part.unflatten(-1, (-1, self.head_size))
             for part in self._projected(x_TD, self.layout.attention, names[:3], keep, kept)
         )
         cos_TC, sin_TC = (part[0] for part in turns)
         q_THE, k_THE = (
-            rotate(self._normed(part, norm, keep), cos_TC, sin_TC, keep)
-            for part, norm in zip((q_THE, k_THE), _HEAD_NORMS, strict=True)
+            rotate(self._normed(part, name, keep), cos_TC, sin_TC, keep)
+            for part, name in zip((q_THE, k_THE), _HEAD_NORMS, strict=True)
         )
         q_1HTE, k_1HTE, v_1HTE = (part.transpose(0, 1)[None] for part in (q_THE, k_THE, v_THE))
         attention = self.part("self_attn")
@@ -145,7 +146,8 @@ class Block:
         projection = projection_of(output, out_TD)
         if projection is None:
             return output(out_TD)
-        return project(out_TD, [projection], None, keep, (0,) if self._has_norm(self.layout.after_attention) else ())[0]
+        kept = () if self._norm(self.layout.after_attention) is None else (0,)
+        return project(out_TD, [projection], None, keep, kept)[0]
 
     def _mlp(self, x_TD: Tensor, keep: Keep | None) -> Tensor:
         names = tuple(f"mlp.{name}" for name in _MLP_PARTS)
@@ -154,7 +156,7 @@ class Block:
         projection = projection_of(down, gate_TF)
         if projection is None:
             return down(self.activation.forward(gate_TF) * up_TF)
-        behind = keep if self._has_norm(self.layout.after_mlp) else None
+        behind = None if self._norm(self.layout.after_mlp) is None else keep
         return gated_projection(gate_TF, up_TF, self.activation, projection, behind)
 
 
@@ -226,5 +228,6 @@ def block_forward(
 
 
 def _has_backward(layer: nn.Module, hidden_states: Tensor) -> bool:
-    trains = hidden_states.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
-    return torch.is_grad_enabled() and hidden_states.device.type == "cpu" and trains
+    if not torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        return False
+    return hidden_states.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())

@@ -234,7 +234,7 @@ class _Attention(torch.autograd.Function):
                 sums.append(sums_GHS if keep is None else keep(sums_GHS.shape, sums_GHS.dtype).copy_(sums_GHS))
         # What a backward does not read is not kept.
         ctx.save_for_backward(q_THE, k_TKE, v_TKE, *([out_THE, *sums] if sums else []))
-        ctx.lengths, ctx.prefixes, ctx.task = lengths, prefixes, task
+        ctx.buckets, ctx.task = buckets, task
         return out_THE
 
     @staticmethod
@@ -243,7 +243,7 @@ class _Attention(torch.autograd.Function):
         q_THE, k_TKE, v_TKE, *outputs = ctx.saved_tensors
         given, sums = (q_THE, k_TKE, v_TKE), iter(outputs[1:])
         wanted = (q_THE.new_empty(q_THE.shape), k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape))
-        for bucket in buckets_of(ctx.lengths, ctx.prefixes):
+        for bucket in ctx.buckets:
             if _knows(bucket, q_THE, ctx.task) and _is_long(bucket):
                 _kernel_backward(given, (outputs[0], next(sums)), dout_THE, wanted, bucket, ctx.task)
             else:

@@ -71,10 +71,10 @@ def apply_weight(
     merged, beside = _ways(x_NI, weight, update)
     first_NO = None
     if beside is not None and x_NI.dtype.itemsize < 4:
-        # With a bias, oneDNN writes the sum where it likes.
-        first_keep = keep if bias_O is None else None
+        # With a bias, oneDNN writes a whole sum where it likes; panels of it are written into these rows.
+        first_keep = keep if bias_O is None or weight.dense is None else None
         first_NO = product(product(x_NI, beside.A_RI) * beside.scaling, beside.B_OR, keep=first_keep)
-    y_NO: Tensor | None = None
+    y_NO = first_NO
     for rows, W_PI in weight.walk(x_NI.dtype, merged):
         bias_P, whole = None if bias_O is None else bias_O[rows], W_PI.shape[0] == weight.shape[0]
         if first_NO is None:
