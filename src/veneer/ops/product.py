@@ -32,7 +32,10 @@ def _blas_is_quicker() -> bool:
     return is_intel and torch.backends.mkl.is_available()
 
 
-_ONEDNN = None if _blas_is_quicker() else _find_onednn("default")
+BLAS_IS_QUICKER = _blas_is_quicker()
+"""Whether the BLAS beats oneDNN in float32 here; torch's attention kernel is made of its products."""
+
+_ONEDNN = None if BLAS_IS_QUICKER else _find_onednn("default")
 _ONEDNN_ONTO = _find_onednn("binary")
 
 IN_PASSING = 1.0
