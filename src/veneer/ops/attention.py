@@ -183,7 +183,7 @@ def causal_attention(
         Blocks compute 16 bits in 32. Sequences of one length that follow each other go to torch's kernel together,
         without padding, in 16 bits and on Intel's processors in float32 too, unless they have windows or a prefix
         longer than themselves: forward it takes 0.6 to 0.97 of the blocks' time (measured on two cores, 9 heads over
-        3, 14 over 2, 8 over 8; 0.25 to 0.7 in 16 bits), backward 0.64 to 0.98 from 768 tokens on, below that 0.8 to 1.5.
+        3, 14 over 2, 8 over 8; 0.25 to 0.7 in 16 bits), backward 0.64 to 0.98 from 768 tokens on, 0.8 to 1.5 below.
 
     Example:
         >>> q, v = torch.ones(3, 1, 1), torch.arange(3.0).view(3, 1, 1)

@@ -3,7 +3,7 @@
 Shapes: N rows, I in, O out, R rank, P a panel of the O rows of the weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,12 +56,38 @@ class FrozenWeight:
                 yield rows, W_PI
 
 
+def down_products(
+    x_NI: Tensor, weights: Sequence[FrozenWeight], updates: Sequence[Update | None]
+) -> list[Tensor | None]:
+    """Return `x Aᵀ` of each layer whose update is applied beside its weight, by one product for all; else None.
+
+    Example:
+        >>> weight = FrozenWeight(torch.Size([9, 3]), torch.ones(9, 3))
+        >>> update = Update(torch.ones(1, 3), torch.ones(9, 1), 1.0)
+        >>> down_products(torch.ones(1, 3), [weight, weight], [update, None])
+        [tensor([[3.]]), None]
+    """
+    ways = [_ways(x_NI, weight, update)[1] for weight, update in zip(weights, updates, strict=True)]
+    beside = [update.A_RI for update in ways if update is not None]
+    if not beside:
+        return [None] * len(ways)
+    z_NQ = product(x_NI, beside[0] if len(beside) == 1 else torch.cat(beside))
+    parts = iter(z_NQ.split([len(A_RI) for A_RI in beside], dim=1))
+    return [None if update is None else next(parts) for update in ways]
+
+
 def apply_weight(
-    x_NI: Tensor, weight: FrozenWeight, bias_O: Tensor | None, update: Update | None, keep: Keep | None = None
+    x_NI: Tensor,
+    weight: FrozenWeight,
+    bias_O: Tensor | None,
+    update: Update | None,
+    keep: Keep | None = None,
+    z_NR: Tensor | None = None,
 ) -> Tensor:
     """Return `x (W + s B A)ᵀ + bias`, in the cheaper order, where `keep` gives room; no gradient of its own.
 
     Equals `ops.reference.lora_linear` for a dense weight. In 16 bits the sum is rounded once, see `product_onto`.
+    `z` is `x Aᵀ` where it was formed already, by `down_products`.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
@@ -70,10 +96,12 @@ def apply_weight(
     """
     merged, beside = _ways(x_NI, weight, update)
     first_NO = None
-    if beside is not None and x_NI.dtype.itemsize < 4:
+    if beside is not None and z_NR is None:
+        z_NR = product(x_NI, beside.A_RI)
+    if beside is not None and z_NR is not None and x_NI.dtype.itemsize < 4:
         # With a bias, oneDNN writes a whole sum where it likes; panels of it are written into these rows.
         first_keep = keep if bias_O is None or weight.dense is None else None
-        first_NO = product(product(x_NI, beside.A_RI) * beside.scaling, beside.B_OR, keep=first_keep)
+        first_NO = product(z_NR * beside.scaling, beside.B_OR, keep=first_keep)
     y_NO = first_NO
     for rows, W_PI in weight.walk(x_NI.dtype, merged):
         bias_P, whole = None if bias_O is None else bias_O[rows], W_PI.shape[0] == weight.shape[0]
@@ -87,8 +115,8 @@ def apply_weight(
             y_NO = room(keep, (x_NI.shape[0], weight.shape[0]), x_NI) if y_NO is None else y_NO
             y_NO[:, rows] = part_NP
     assert y_NO is not None
-    if beside is not None and first_NO is None:
-        y_NO.addmm_(product(x_NI, beside.A_RI), beside.B_OR.T, alpha=beside.scaling)
+    if beside is not None and z_NR is not None and first_NO is None:
+        y_NO.addmm_(z_NR, beside.B_OR.T, alpha=beside.scaling)
     return y_NO
 
 

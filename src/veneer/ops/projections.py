@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight
+from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight, down_products
 from veneer.ops.keeping import Keep
 from veneer.ops.lora import rank_gradient
 from veneer.ops.norm import RMSNorm, norm_gradient, normalise, renormalise
@@ -93,9 +93,10 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         y_NI, inverse_N1 = (x_NI, None) if norm is None else normalise(x_NI, norm, keep)
         updates = [one.update(*pair) for one, pair in zip(frozen, _pairs(factors), strict=True)]
+        z = down_products(y_NI, [one.weight for one in frozen], updates)
         outs = tuple(
-            apply_weight(y_NI, one.weight, one.bias, update, keep if place in kept else None)
-            for place, (one, update) in enumerate(zip(frozen, updates, strict=True))
+            apply_weight(y_NI, one.weight, one.bias, update, keep if place in kept else None, z_NR)
+            for place, (one, update, z_NR) in enumerate(zip(frozen, updates, z, strict=True))
         )
         ctx.save_for_backward(x_NI, inverse_N1, *factors)
         ctx.norm, ctx.frozen = norm, frozen
@@ -148,8 +149,8 @@ def project(
         One tensor (N, O) for each layer. Differentiable once.
 
     Cost:
-        As `lora_linear` for each, with one skinny product `y Aᵀ` and one `dA` for all of them. Kept for backward: `x`,
-        and one number a row; the normalised input is computed again.
+        As `lora_linear` for each, with one skinny product `y Aᵀ` each way and one `dA` for all of them. Kept for
+        backward: `x`, and one number a row; the normalised input is computed again.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
