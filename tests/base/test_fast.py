@@ -12,6 +12,7 @@ from veneer.base import fast as fast_ways
 from veneer.base.fast import fast_modules
 from veneer.base.load import quantise_base
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
+from veneer.base.stack import ALIGNMENT
 from veneer.config import LoRAConfig
 from veneer.nn.attach import attach, detach
 from veneer.scoring.loss import summed_loss
@@ -301,6 +302,34 @@ def test_what_layers_keep_lies_in_a_stack_that_each_forward_takes_anew(monkeypat
     assert taken[1] > 4 * sum(LENGTHS) * SIZES["hidden_size"] * 4
     assert len(taken) == 4
     assert set(taken[1:]) == {taken[1]}
+
+
+def test_layers_computed_again_share_one_room_and_keep_their_outputs(monkeypatch):
+    stacks = []
+
+    class Watched(fast_ways.ActivationStack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.addresses, self.resets = set(), 0
+            stacks.append(self)
+
+        def reset(self) -> None:
+            self.resets += 1
+            super().reset()
+            self.addresses.add(self.empty((1,), torch.float32).data_ptr())
+
+    monkeypatch.setattr(fast_ways, "ActivationStack", Watched)
+    model = attached(model_of(*FAMILIES["llama"])).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with ragged_attention(model), fast_modules(model) as fast:
+        loss = summed_loss(model, batch())
+        kept, again = stacks
+        layers = len(fast.blocks)
+        output = sum(LENGTHS) * SIZES["hidden_size"] * 4
+        assert layers * output <= kept._taken <= layers * (output + 2 * ALIGNMENT)
+        loss.backward()
+    assert (kept.resets, again.resets) == (1, 2 * layers)
+    assert len(again.addresses) == 1  # nothing of a layer is in use when the next one is computed
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ A layer is known by the names of its parts and proved by a probe: where the fast
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from veneer.base.ragged import ragged_attention_forward
 from veneer.nn.layer import has_hooks
 from veneer.nn.norms import rms_norm_of
 from veneer.nn.projection import projection_of
-from veneer.ops.keeping import Keep, kept_sum
+from veneer.ops.keeping import Keep, kept_sum, moved
 from veneer.ops.norm import RMSNorm, rms_norm
 from veneer.ops.projections import ACTIVATIONS, Activation, gated_projection, project
 from veneer.ops.rotary import rotate
@@ -202,13 +201,17 @@ def _activation_of(module: nn.Module) -> Activation | None:
 
 Forward = Callable[..., Any]
 
+Anew = Callable[[], Keep]
+"""Gives room for what one layer computes, the same for each."""
+
 
 def block_forward(
-    block: Block, own_forward: Forward, keep: Keep, hidden_states: Tensor, *args: Any, **options: Any
+    block: Block, own_forward: Forward, keep: Keep, anew: Anew, hidden_states: Tensor, *args: Any, **options: Any
 ) -> Any:
     """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else.
 
-    What a backward will need goes where `keep` gives room.
+    What a backward will need goes where `keep` gives room; in a layer that will be computed again that is its output,
+    and the rest goes where `anew` does.
     """
     lengths = options.get("sequence_lengths")
     turns = options.get("position_embeddings")
@@ -221,10 +224,15 @@ def block_forward(
         "sequence_prefixes": options.get("sequence_prefixes"),
     }
     layer = block.layer
-    if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
-        # In transformers' layers this is a part of `forward`.
-        return layer._gradient_checkpointing_func(partial(block.forward, **given), hidden_states)
-    return block.forward(hidden_states, **given, keep=keep if _has_backward(layer, hidden_states) else None)
+    kept = keep if _has_backward(layer, hidden_states) else None
+    if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training):
+        return block.forward(hidden_states, **given, keep=kept)
+
+    def again(hidden_states: Tensor) -> Tensor:
+        return block.forward(hidden_states, **given, keep=None if kept is None else anew())
+
+    # In transformers' layers this is a part of `forward`.
+    return moved(layer._gradient_checkpointing_func(again, hidden_states), kept)
 
 
 def _has_backward(layer: nn.Module, hidden_states: Tensor) -> bool:

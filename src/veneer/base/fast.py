@@ -17,6 +17,7 @@ from veneer.nn.layer import has_hooks
 from veneer.nn.linear import LoRALinear, plain_forward
 from veneer.nn.modes import evaluating
 from veneer.nn.norms import rms_norm_of
+from veneer.ops.keeping import Keep
 from veneer.ops.norm import RMSNorm, rms_norm
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -70,11 +71,12 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
 
 def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
     blocks, left = _blocks(model, decoder_layers(model))
-    activations = ActivationStack()
+    activations, again = ActivationStack(), ActivationStack()
     if blocks:
         stack.callback(model.get_decoder().register_forward_pre_hook(partial(_begin, activations)).remove)
     for block in blocks.values():
-        _replace(stack, block.layer, partial(block_forward, block, block.layer.forward, activations.empty))
+        forward = partial(block_forward, block, block.layer.forward, activations.empty, partial(_anew, again))
+        _replace(stack, block.layer, forward)
     norms = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{one}.") for one in blocks)
@@ -82,6 +84,12 @@ def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
             norms[path] = norm
             _replace(stack, module, partial(_norm_forward, norm, module.forward))
     return FastModules(tuple(blocks), tuple(norms), left)
+
+
+def _anew(stack: ActivationStack) -> Keep:
+    """Return the stack's memory, to be taken from the bottom: what it had is done with, or stays by itself."""
+    stack.reset()
+    return stack.empty
 
 
 def _begin(activations: ActivationStack, decoder: nn.Module, args: Any) -> None:  # noqa: ARG001 (a hook's signature)

@@ -64,3 +64,26 @@ def kept_sum(x: Tensor, y: Tensor, keep: Keep | None) -> Tensor:
         tensor([2., 2.])
     """
     return x + y if keep is None or x.dtype != y.dtype else _Sum.apply(x, y, keep)
+
+
+class _Moved(torch.autograd.Function):
+    """See `moved`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Keep) -> Tensor:  # noqa: ARG004 (torch names them)
+        return keep(x.shape, x.dtype).copy_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004 (torch names them)
+        return d, None
+
+
+def moved(x: Tensor, keep: Keep | None) -> Tensor:
+    """Return `x` where a caller keeps such: what stays is not left between what comes and goes on the heap.
+
+    Example:
+        >>> moved(torch.ones(2), lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        tensor([1., 1.])
+    """
+    return x if keep is None else _Moved.apply(x, keep)
