@@ -108,7 +108,7 @@ def _grouped_parts(given: Parts, bucket: Bucket, task: _Task) -> Parts:
 
 def _kernel_forward(given: Parts, out_THE: Tensor, run: Bucket, task: _Task) -> Tensor:
     """Do what `_blocks_forward` does by torch's kernel; return the sums that its backward needs."""
-    q_GHLE, k_GKLE, v_GKLE = (_heads_first(part, run, part) for part in given)
+    q_GHLE, k_GKLE, v_GKLE = (_heads_first(part, run) for part in given)
     out_GHLE, sums_GHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_GHLE, k_GKLE, v_GKLE, 0.0, True, scale=task.scaling
     )
@@ -121,8 +121,9 @@ def _kernel_backward(
 ) -> None:
     """Do what `_blocks_backward` does by torch's kernel, from its output of all and its sums of these."""
     out_THE, sums_GHL = found
-    q_GHLE, k_GKLE, v_GKLE = (_heads_first(part, run, part) for part in given)
-    out_GHLE, dout_GHLE = (_heads_first(part, run, torch.zeros_like(part)) for part in (out_THE, dout_THE))
+    q_GHLE, k_GKLE, v_GKLE = (_heads_first(part, run) for part in given)
+    # Outputs of a prefix that is computed again went nowhere, so nothing comes back from them.
+    out_GHLE, dout_GHLE = (_heads_first(part, run, zeros=True) for part in (out_THE, dout_THE))
     dq_GHLE, dk_GKLE, dv_GKLE = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout_GHLE, q_GHLE, k_GKLE, v_GKLE, out_GHLE, sums_GHL, 0.0, True, scale=task.scaling
     )
@@ -131,12 +132,13 @@ def _kernel_backward(
     scatter_keys(wanted[2], dv_GKLE.flatten(0, 1), run)
 
 
-def _heads_first(x_THE: Tensor, run: Bucket, prefix_THE: Tensor) -> Tensor:
-    """Return a run's rows behind those that another tensor has where the prefix stands, shape (G, H, L, E)."""
+def _heads_first(x_THE: Tensor, run: Bucket, *, zeros: bool = False) -> Tensor:
+    """Return a run's rows behind those of its prefix, or behind zeros, shape (G, H, L, E)."""
     own_GSHE = x_THE[run.rows[0].start : run.rows[-1].stop].unflatten(0, (len(run.rows), -1))
     if run.before is not None:
-        before_GPHE = prefix_THE[run.before].expand(len(run.rows), -1, -1, -1)
-        own_GSHE = torch.cat([before_GPHE, own_GSHE], dim=1)
+        before_PHE = x_THE[run.before]
+        before_PHE = torch.zeros_like(before_PHE) if zeros else before_PHE
+        own_GSHE = torch.cat([before_PHE.expand(len(run.rows), -1, -1, -1), own_GSHE], dim=1)
     return own_GSHE.transpose(1, 2)
 
 
