@@ -201,7 +201,7 @@ def test_16_bits_are_computed_in_32(monkeypatch, kernel_length, dtype, window, l
         assert (ours.double() - exact).norm() <= 3 * unit * exact.norm()
 
 
-def test_sequences_of_a_padded_bucket_do_not_feel_each_other_in_torchs_kernel(monkeypatch):
+def test_sequences_do_not_feel_each_other_in_torchs_kernel(monkeypatch):
     monkeypatch.setattr(attention, "KERNEL_LENGTH", 1)
     lengths, first = (70, 60), slice(0, 70)
     given = drawn(sum(lengths), 2, 1, 16, torch.bfloat16)

@@ -10,7 +10,7 @@ H heads, E head size, D hidden.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -25,6 +25,7 @@ from veneer.nn.attach import attachment_of, find_attachment
 from veneer.nn.modes import evaluating
 from veneer.nn.routing import Segment
 from veneer.ops.attention import causal_attention
+from veneer.ops.attention_layout import runs_of, spans_of
 
 ATTENTION = "veneer_ragged"
 PLAIN_ATTENTION = "veneer_ragged_plain"
@@ -251,21 +252,17 @@ def _attention_by_runs(
     window: int | None,
 ) -> Tensor:
     """Return attention by torch's kernels, shape (T, H, E), runs of sequences of equal length together."""
-    starts = [0, *accumulate(lengths)]
-    outputs, start = [], 0
-    for (length, prefix), run in groupby(zip(lengths, prefixes or [None] * len(lengths), strict=True)):
-        count = len(list(run))
-        rows = slice(start, start + count * length)
+    outputs = []
+    for run in runs_of(spans_of(lengths, prefixes)):
+        count, length, before = len(run.rows), run.lengths[0], run.before_length
+        rows = slice(run.rows[0].start, run.rows[-1].stop)
         q_GHSE, k_GHSE, v_GHSE = (
             part.squeeze(0)[:, rows].unflatten(1, (count, length)).transpose(0, 1)
             for part in (query_1HTE, key_1HTE, value_1HTE)
         )
-        before = 0
-        if prefix is not None:
-            rows = slice(starts[prefix], starts[prefix + 1])
-            before = rows.stop - rows.start
+        if run.before is not None:
             k_GHSE, v_GHSE = (
-                torch.cat([whole[:, :, rows].expand(count, -1, -1, -1), own], dim=2)
+                torch.cat([whole[:, :, run.before].expand(count, -1, -1, -1), own], dim=2)
                 for whole, own in ((key_1HTE, k_GHSE), (value_1HTE, v_GHSE))
             )
         masked = before or (window is not None and length > window)
@@ -281,7 +278,6 @@ def _attention_by_runs(
             enable_gqa=q_GHSE.shape[1] != k_GHSE.shape[1],
         )
         outputs.append(out_GHSE.transpose(1, 2).reshape(count * length, q_GHSE.shape[1], -1))
-        start += count * length
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -76,9 +76,8 @@ def _knows(span: Span, like: Tensor, task: _Task) -> bool:
 
     A prefix it computes again for each that continues it, which pays where that is as long.
     """
-    before = 0 if span.before is None else span.before.stop - span.before.start
-    fits = task.window is None or task.window >= before + span.length
-    return like.dtype in KERNEL_DTYPES and fits and before <= span.length
+    fits = task.window is None or task.window >= span.before_length + span.length
+    return like.dtype in KERNEL_DTYPES and fits and span.before_length <= span.length
 
 
 def _blocks_forward(given: Parts, out_THE: Tensor, bucket: Bucket, task: _Task) -> None:
@@ -86,17 +85,18 @@ def _blocks_forward(given: Parts, out_THE: Tensor, bucket: Bucket, task: _Task) 
     parts = _grouped_parts(given, bucket, task)
     part_NME = torch.empty_like(parts[0])
     attention_blocks.forward(parts, part_NME, task.scaling, blocks_of(bucket, parts[0], task.window))
-    scatter(out_THE, part_NME, bucket)
+    scatter(out_THE, part_NME.unflatten(0, (len(bucket.rows), -1)), bucket)
 
 
 def _blocks_backward(given: Parts, dout_THE: Tensor, wanted: Parts, bucket: Bucket, task: _Task) -> None:
     """Write a bucket's gradients, from nothing but what was given."""
     parts, dout_NME = _grouped_parts(given, bucket, task), grouped(dout_THE, bucket, task.heads)
     blocks = blocks_of(bucket, dout_NME, task.window)
-    dq_NME, dk_NLE, dv_NLE = attention_blocks.backward(parts, dout_NME, task.scaling, blocks)
-    scatter(wanted[0], dq_NME, bucket)
-    scatter_keys(wanted[1], dk_NLE, bucket)
-    scatter_keys(wanted[2], dv_NLE, bucket)
+    gradients = attention_blocks.backward(parts, dout_NME, task.scaling, blocks)
+    dq_GKME, dk_GKLE, dv_GKLE = (part.unflatten(0, (len(bucket.rows), -1)) for part in gradients)
+    scatter(wanted[0], dq_GKME, bucket)
+    scatter_keys(wanted[1], dk_GKLE, bucket)
+    scatter_keys(wanted[2], dv_GKLE, bucket)
 
 
 def _grouped_parts(given: Parts, bucket: Bucket, task: _Task) -> Parts:
@@ -112,7 +112,7 @@ def _kernel_forward(given: Parts, out_THE: Tensor, run: Bucket, task: _Task) -> 
     out_GHLE, sums_GHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_GHLE, k_GKLE, v_GKLE, 0.0, True, scale=task.scaling
     )
-    _put(out_THE, out_GHLE, run)
+    scatter(out_THE, out_GHLE[:, :, run.before_length :], run)
     return sums_GHL
 
 
@@ -127,9 +127,9 @@ def _kernel_backward(
     dq_GHLE, dk_GKLE, dv_GKLE = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout_GHLE, q_GHLE, k_GKLE, v_GKLE, out_GHLE, sums_GHL, 0.0, True, scale=task.scaling
     )
-    _put(wanted[0], dq_GHLE, run)
-    scatter_keys(wanted[1], dk_GKLE.flatten(0, 1), run)
-    scatter_keys(wanted[2], dv_GKLE.flatten(0, 1), run)
+    scatter(wanted[0], dq_GHLE[:, :, run.before_length :], run)
+    scatter_keys(wanted[1], dk_GKLE, run)
+    scatter_keys(wanted[2], dv_GKLE, run)
 
 
 def _heads_first(x_THE: Tensor, run: Bucket, *, zeros: bool = False) -> Tensor:
@@ -140,12 +140,6 @@ def _heads_first(x_THE: Tensor, run: Bucket, *, zeros: bool = False) -> Tensor:
         before_PHE = torch.zeros_like(before_PHE) if zeros else before_PHE
         own_GSHE = torch.cat([before_PHE.expand(len(run.rows), -1, -1, -1), own_GSHE], dim=1)
     return own_GSHE.transpose(1, 2)
-
-
-def _put(out_THE: Tensor, part_GHLE: Tensor, run: Bucket) -> None:
-    """Put a run's rows where they belong, all but the prefix's."""
-    own_GSHE = part_GHLE[:, :, run.before_length :].transpose(1, 2)
-    out_THE[run.rows[0].start : run.rows[-1].stop].unflatten(0, own_GSHE.shape[:2]).copy_(own_GSHE)
 
 
 def causal_attention(

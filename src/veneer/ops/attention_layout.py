@@ -5,7 +5,7 @@ Q = H / K query heads that share a key head, N = G·K, M = S·Q queries, P token
 L = P + S keys, E head size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ BLOCK = 96
 """Places of a block of queries, at most."""
 
 PADDING = 0.5
-"""A bucket's shortest sequence has at least this share of its longest's length, or fits into a block with it."""
+"""A bucket's shortest sequence has at least this share of its longest's length, or is a block shorter at most."""
 
 
 class Span(NamedTuple):
@@ -33,7 +33,12 @@ class Span(NamedTuple):
     @property
     def length(self) -> int:
         """Its own tokens."""
-        return self.rows.stop - self.rows.start
+        return _size(self.rows)
+
+    @property
+    def before_length(self) -> int:
+        """Tokens of the one that it continues."""
+        return _size(self.before)
 
 
 class Bucket(NamedTuple):
@@ -50,12 +55,12 @@ class Bucket(NamedTuple):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each."""
-        return [rows.stop - rows.start for rows in self.rows]
+        return [_size(rows) for rows in self.rows]
 
     @property
     def before_length(self) -> int:
         """Tokens of the one that all continue."""
-        return 0 if self.before is None else self.before.stop - self.before.start
+        return _size(self.before)
 
     @property
     def run(self) -> slice | None:
@@ -85,14 +90,11 @@ def buckets_of(spans: Iterable[Span]) -> list[Bucket]:
         >>> [bucket.lengths for bucket in buckets_of(spans_of((100, 500, 450, 101)))]
         [[500, 450], [101, 100]]
     """
-    groups: list[list[Span]] = []
-    for span in sorted(spans, key=lambda one: (_start(one.before), -one.length, one.rows.start)):
-        first = groups[-1][0] if groups else None
-        if first and first.before == span.before and span.length >= min(PADDING * first.length, first.length - BLOCK):
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    return [Bucket(tuple(one.rows for one in group), group[0].before) for group in groups]
+    longest_first = sorted(spans, key=lambda one: (_start(one.before), -one.length, one.rows.start))
+    return _neighbours(
+        longest_first,
+        lambda group, span: span.length >= min(PADDING * group[0].length, group[0].length - BLOCK),
+    )
 
 
 def runs_of(spans: Iterable[Span]) -> list[Bucket]:
@@ -102,15 +104,24 @@ def runs_of(spans: Iterable[Span]) -> list[Bucket]:
         >>> [bucket.rows for bucket in runs_of(spans_of((2, 2, 1)))]
         [(slice(0, 2, None), slice(2, 4, None)), (slice(4, 5, None),)]
     """
+    return _neighbours(
+        spans, lambda group, span: (span.length, span.rows.start) == (group[-1].length, group[-1].rows.stop)
+    )
+
+
+def _neighbours(spans: Iterable[Span], belongs: Callable[[list[Span], Span], bool]) -> list[Bucket]:
+    """Return buckets of neighbours that continue the same and of which each belongs to those before it."""
     groups: list[list[Span]] = []
     for span in spans:
-        last = groups[-1][-1] if groups else None
-        alike = last is not None and (last.before, last.length) == (span.before, span.length)
-        if last is not None and alike and last.rows.stop == span.rows.start:
+        if groups and groups[-1][0].before == span.before and belongs(groups[-1], span):
             groups[-1].append(span)
         else:
             groups.append([span])
     return [Bucket(tuple(one.rows for one in group), group[0].before) for group in groups]
+
+
+def _size(rows: slice | None) -> int:
+    return 0 if rows is None else rows.stop - rows.start
 
 
 def _start(rows: slice | None) -> int:
@@ -133,29 +144,26 @@ def grouped(x_THE: Tensor, bucket: Bucket, heads: int, *, behind_prefix: bool = 
         out_GKLQE[:, :, before:] = x_KTQE[:, run].unflatten(1, (-1, size)).transpose(0, 1)
         return out_GKLQE.flatten(2, 3).flatten(0, 1)
     for out_KLQE, rows in zip(out_GKLQE.unbind(), bucket.rows, strict=True):
-        end = before + rows.stop - rows.start
+        end = before + _size(rows)
         out_KLQE[:, before:end] = x_KTQE[:, rows]
         out_KLQE[:, end:].zero_()
     return out_GKLQE.flatten(2, 3).flatten(0, 1)
 
 
-def scatter(out_THE: Tensor, part_NME: Tensor, bucket: Bucket) -> None:
+def scatter(out_THE: Tensor, part_GKME: Tensor, bucket: Bucket) -> None:
     """Put a bucket's rows where they belong, all but the padding: what `grouped` did, undone."""
-    size = bucket.lengths[0]
-    part_GSKQE = part_NME.unflatten(1, (size, -1)).unflatten(0, (len(bucket.rows), -1)).transpose(1, 2)
+    part_GSKQE = part_GKME.unflatten(2, (bucket.lengths[0], -1)).transpose(1, 2)
     out_TKQE = out_THE.unflatten(1, part_GSKQE.shape[2:4])
     if (run := bucket.run) is not None:
-        out_TKQE[run] = part_GSKQE.flatten(0, 1)
+        out_TKQE[run].unflatten(0, part_GSKQE.shape[:2]).copy_(part_GSKQE)
         return
     for rows, part_SKQE in zip(bucket.rows, part_GSKQE.unbind(), strict=True):
-        out_TKQE[rows] = part_SKQE[: rows.stop - rows.start]
+        out_TKQE[rows] = part_SKQE[: _size(rows)]
 
 
-def scatter_keys(out_TKE: Tensor, part_NLE: Tensor, bucket: Bucket) -> None:
+def scatter_keys(out_TKE: Tensor, part_GKLE: Tensor, bucket: Bucket) -> None:
     """Put gradients of keys or values where they belong: a prefix, whose own are there, gets the sum over sequences."""
+    before = bucket.before_length
     if bucket.before is not None:
-        size = bucket.before_length
-        before_GKPE = part_NLE[:, :size].unflatten(0, (len(bucket.rows), -1))
-        out_TKE[bucket.before] += before_GKPE.sum(0).transpose(0, 1)
-        part_NLE = part_NLE[:, size:]
-    scatter(out_TKE, part_NLE, bucket)
+        out_TKE[bucket.before] += part_GKLE[:, :, :before].sum(0).transpose(0, 1)
+    scatter(out_TKE, part_GKLE[:, :, before:], bucket)
