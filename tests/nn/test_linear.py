@@ -12,7 +12,8 @@ from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot
 from veneer.ops.dora import dora_linear
 from veneer.ops.experts import lora_experts
-from veneer.ops.projections import ACTIVATIONS, gated_projection, project
+from veneer.ops.gates import ACTIVATIONS
+from veneer.ops.projections import gated_projection, project
 from veneer.storage.int8 import quantise_int8
 from veneer.storage.nf4 import quantise_nf4
 

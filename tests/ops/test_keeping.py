@@ -6,10 +6,11 @@ import torch
 from veneer.ops import product as products
 from veneer.ops.attention import causal_attention
 from veneer.ops.frozen import FrozenWeight
+from veneer.ops.gates import ACTIVATIONS
 from veneer.ops.keeping import kept_sum, room, same_room
 from veneer.ops.norm import RMSNorm, rms_norm
 from veneer.ops.product import product
-from veneer.ops.projections import ACTIVATIONS, Projection, gated_projection, project
+from veneer.ops.projections import Projection, gated_projection, project
 from veneer.ops.rotary import rotate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

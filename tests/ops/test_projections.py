@@ -8,8 +8,9 @@ from torch import Tensor
 
 from veneer.ops import reference
 from veneer.ops.frozen import FrozenWeight
+from veneer.ops.gates import ACTIVATIONS
 from veneer.ops.norm import RMSNorm
-from veneer.ops.projections import ACTIVATIONS, Projection, gated_projection, project
+from veneer.ops.projections import Projection, gated_projection, project
 
 SCALING = 0.7
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.base.ragged import ragged_attention_forward
+from veneer.nn.gates import activation_of
 from veneer.nn.layer import has_hooks
 from veneer.nn.norms import rms_norm_of
 from veneer.nn.projection import projection_of
+from veneer.ops.gates import ACTIVATIONS, Activation
 from veneer.ops.keeping import Keep, kept_sum, moved
 from veneer.ops.norm import RMSNorm, rms_norm
-from veneer.ops.projections import ACTIVATIONS, Activation, gated_projection, project
+from veneer.ops.projections import gated_projection, project
 from veneer.ops.rotary import rotate
 
 
@@ -177,26 +179,17 @@ def recognise(layer: nn.Module, options: Mapping[str, Any]) -> Block | None:
         return None
     modules = {name: children[name] for name in layout.norms} | {name: attention[name] for name in head_norms}
     norms = {name: found for name, module in modules.items() if (found := rms_norm_of(module)) is not None}
-    activation = _activation_of(mlp[activations[0]])
+    activation = activation_of(mlp[activations[0]])
     head_size = vars(children["self_attn"]).get("head_dim")
     if len(norms) < len(modules) or activation is None or not isinstance(head_size, int):
         return None
-    return Block(layer, layout, norms, activation, head_size, dict(options))
+    return Block(layer, layout, norms, ACTIVATIONS[activation], head_size, dict(options))
 
 
 def _is_untouched(layer: nn.Module) -> bool:
     """Tell whether nobody watches or changes the modules between the layer and its linear layers."""
     inner = [layer, *layer.children(), *(part for child in layer.children() for part in child.children())]
     return not any(has_hooks(module) for module in inner)
-
-
-def _activation_of(module: nn.Module) -> Activation | None:
-    """Return the known function that a module computes, by its values."""
-    x = torch.linspace(-6, 6, 49)
-    for one in ACTIVATIONS.values():
-        if torch.allclose(module(x), one.forward(x), rtol=1e-6, atol=1e-6):
-            return one
-    return None
 
 
 Forward = Callable[..., Any]

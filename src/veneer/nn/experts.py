@@ -9,8 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from veneer.nn.layer import LoRALayer
+from veneer.nn.gates import split_gate_of
+from veneer.nn.layer import LoRALayer, has_hooks
+from veneer.nn.routing import Routing
 from veneer.ops.experts import collect_rows, lora_experts, spread_rows
+from veneer.ops.gates import ACTIVATIONS, split_gate
 from veneer.ops.reference import linear_experts
 
 UP_GATED, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
@@ -48,6 +51,11 @@ class LoRAExperts(LoRALayer):
         transformers 5 `integrations/moe.py` for what an experts module computes; the branch after Hu et al. 2021.
     """
 
+    def __init__(self, base: nn.Module, routing: Routing) -> None:
+        super().__init__(base, routing)
+        experts: Any = base
+        self._gate = split_gate_of(experts._apply_gate) if experts.has_gate else None
+
     def forward(self, hidden_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
         """Apply each token's experts and add them up by their weights."""
         segments = self.routing.segments(hidden_TH.shape[0])
@@ -68,11 +76,18 @@ class LoRAExperts(LoRALayer):
         back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         inner = spread_rows(x_TH, order_S, back_S)
         inner = self._project(UP_GATED if base.has_gate else UP, slot_index, inner, counts)
-        inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
+        inner = self._activate(inner)
         out_SH = self._project(DOWN, slot_index, inner, counts)
         if base.has_post_expert_norm:
             out_SH = base.post_expert_norm(out_SH)
         return collect_rows(out_SH, weights_TK, order_S, back_S).to(x_TH.dtype)
+
+    def _activate(self, up_SI: Tensor) -> Tensor:
+        """Return what goes down: of a gate that is the usual one, by a function that keeps less for backward."""
+        base: Any = self.base
+        if self._gate is not None and not any(has_hooks(one) for one in base.children()):
+            return split_gate(up_SI, ACTIVATIONS[self._gate])
+        return base._apply_gate(up_SI) if base.has_gate else base.act_fn(up_SI)
 
     def _project(self, name: str, slot_index: int, x_SI: Tensor, counts: Sequence[int]) -> Tensor:
         """Return a projection of all experts' rows, with the update where there is one."""

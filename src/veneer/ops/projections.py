@@ -3,16 +3,16 @@
 Shapes: N rows, I in, O out, R rank, Q the ranks of several layers side by side, F gate.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight, down_products
+from veneer.ops.gates import Activation
 from veneer.ops.keeping import Keep
 from veneer.ops.lora import rank_gradient
 from veneer.ops.norm import RMSNorm, norm_gradient, normalise, renormalise
@@ -161,31 +161,6 @@ def project(
     return _Projections.apply(x_NI, norm, frozen, keep, kept, *_factors(projections))
 
 
-@dataclass(frozen=True)
-class Activation:
-    """A gate's function and its gradient: `backward(d, x)` is `d · f'(x)`."""
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _gelu_tanh_backward(d: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(d, x, approximate="tanh")
-
-
-ACTIVATIONS = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward),
-    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
-    "relu": Activation(F.relu, lambda d, x: torch.ops.aten.threshold_backward(d, x, 0)),
-}
-"""The functions that gates of transformers' models use, by name."""
-
-
 class _GatedProjection(torch.autograd.Function):
     """Keeps gate and up; see `gated_projection`."""
 
@@ -220,7 +195,7 @@ class _GatedProjection(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dh_NF = apply_transposed(dy_NO, frozen.weight, update, dz_NR)
             dup_NF = active_NF.mul_(dh_NF)
-            dgate_NF = ctx.activation.backward(dh_NF.mul_(up_NF), gate_NF)
+            dgate_NF = ctx.activation.backward(dh_NF.mul_(up_NF), gate_NF, dh_NF)
         return dgate_NF, dup_NF, None, None, None, dA_RF, dB_OR
 
 
@@ -236,7 +211,7 @@ def gated_projection(
     Args:
         gate_NF: What the activation takes.
         up_NF: What it is multiplied with.
-        activation: One of `ACTIVATIONS`.
+        activation: One of `ops.gates.ACTIVATIONS`.
         projection: The layer; weight and bias get no gradient.
         keep: Gives room for the output.
 
@@ -248,6 +223,7 @@ def gated_projection(
         product of both is computed again.
 
     Example:
+        >>> from veneer.ops.gates import ACTIVATIONS
         >>> down = Projection(FrozenWeight(torch.Size([1, 2]), torch.ones(1, 2)))
         >>> gated_projection(torch.ones(1, 2), torch.ones(1, 2), ACTIVATIONS["relu"], down).tolist()
         [[2.0]]
