@@ -119,6 +119,8 @@ def rows(s: int) -> tuple[Row, ...]:
         Row("linear 576×1728, q and v as parts", partial(linear, d, 3 * d, t), ours=qkv, **bare),
         Row("int8 linear 576×1536", partial(small, t), peer="float32", storage="int8", at_most=1.1),
         Row("nf4 linear 576×1536", partial(small, t), peer="float32", storage="nf4", at_most=None),
+        Row("int8 DoRA linear 576×1536", partial(small, t), {"use_dora": True}, {}, "float32", "int8", 1.1),
+        Row("nf4 DoRA linear 576×1536", partial(small, t), {"use_dora": True}, {}, "float32", "nf4", None),
         Row("int8 Llama block", block, {"target_modules": "all-linear"}, {}, "float32", "int8", 1.1),
         Row("nf4 Llama block", block, {"target_modules": "all-linear"}, {}, "float32", "nf4", None),
     )

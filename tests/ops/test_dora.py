@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.ops import reference
-from veneer.ops.dora import column_dots, dora_linear, folds, magnitude_ratio, product_norm, weight_norm2
+from veneer.ops.dora import column_dots, dora_linear, folded_dora, folds, magnitude_ratio, product_norm, weight_norm2
+from veneer.ops.frozen import FrozenWeight
 
 sizes = st.integers(1, 7)
 
@@ -40,9 +41,10 @@ def test_equals_the_reference_with_gradients(with_bias, rows, ratio, folded):
     if ratio is not None:
         tensors[5][1] = ratio
     x, W, bias, A, B, ratio_O = (one.requires_grad_() for one in tensors)
+    W.requires_grad_(not folded)
     assert folds(rows, W, ratio_O) is folded
     chosen = bias if with_bias else None
-    wanted = [x, W, *([bias] if with_bias else []), A, B, ratio_O]
+    wanted = [x, *([] if folded else [W]), *([bias] if with_bias else []), A, B, ratio_O]
     grads = []
     for function in (dora_linear, reference.dora_linear):
         out = function(x, W, chosen, A, B, 0.7, ratio_O)
@@ -56,8 +58,49 @@ def test_equals_the_reference_with_gradients(with_bias, rows, ratio, folded):
 def test_gradients_by_differences(rows):
     shapes = (rows, 2), (3, 2), (3,), (2, 2), (3, 2), (3,)
     x, W, bias, A, B, ratio = (one.requires_grad_() for one in draw(1, *shapes))
+    W.requires_grad_(rows == 1)
     assert folds(rows, W, ratio) is (rows == 3)
     assert torch.autograd.gradcheck(lambda *inputs: dora_linear(*inputs[:5], 0.5, inputs[5]), (x, W, bias, A, B, ratio))
+
+
+def in_panels(W: torch.Tensor, size: int) -> FrozenWeight:
+    """A weight that exists a few rows at a time, in memory that the next ones overwrite."""
+
+    def panels(dtype):
+        room = torch.empty(size, W.shape[1], dtype=dtype)
+        for start in range(0, len(W), size):
+            part = W[start : start + size]
+            yield slice(start, start + len(part)), room[: len(part)].copy_(part)
+
+    return FrozenWeight(W.shape, panels=panels)
+
+
+@given(st.integers(1, 40), sizes, sizes, sizes, st.integers(1, 7), st.booleans(), st.integers(0, 50))
+def test_a_weight_in_panels_equals_the_reference_with_gradients(rows, inputs, outputs, rank, size, with_bias, seed):
+    """Merged or beside the weight, which the number of rows decides."""
+    shapes = (rows, inputs), (outputs,), (rank, inputs), (outputs, rank), (outputs,)
+    W, weights, *tensors = draw(seed, (outputs, inputs), (rows, outputs), *shapes)
+    x, bias, A, B, ratio = (one.requires_grad_() for one in tensors)
+    ratio.data = ratio.data.sign() * (0.1 + ratio.data.abs())
+    chosen = bias if with_bias else None
+    wanted = [x, *([bias] if with_bias else []), A, B, ratio]
+    grads = []
+    for function, weight in ((folded_dora, in_panels(W, size)), (reference.dora_linear, W)):
+        out = function(x, weight, chosen, A, B, 0.7, ratio)
+        grads.append([out.detach(), *torch.autograd.grad((out * weights).sum(), wanted)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_weight_in_panels_in_sixteen_bits():
+    W, x, A, B, ratio = draw(3, (48, 64), (30, 64), (4, 64), (48, 4), (48,))
+    ratio = 1 + ratio / 8
+    expected = reference.dora_linear(x, W, None, A, B, 0.7, ratio)
+    got = folded_dora(
+        x.bfloat16(), in_panels(W.bfloat16(), 20), None, A.bfloat16(), B.bfloat16(), 0.7, ratio.bfloat16()
+    )
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 300])

@@ -3,6 +3,7 @@
 Shapes: N rows, I in, O out, R rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
+from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight
 from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient, up_gradient
 from veneer.ops.product import IN_PASSING, merging_pays, product, product_onto, sum_product
 
@@ -74,11 +76,11 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
 
 
 def folds(num_rows: int, W_OI: Tensor, ratio_O: Tensor) -> bool:
-    """Tell whether the ratio is multiplied into the merged weight: no pass over the outputs, forward or backward.
+    """Tell whether the ratio is multiplied into a frozen, merged weight: no pass over the outputs, either way.
 
     The gradient of the ratio is then taken from the output itself, divided by the ratio.
     """
-    return _merging_pays(num_rows, W_OI) and is_far_from_zero(ratio_O)
+    return not W_OI.requires_grad and _merging_pays(num_rows, W_OI) and is_far_from_zero(ratio_O)
 
 
 def is_far_from_zero(ratio_O: Tensor) -> bool:
@@ -113,46 +115,85 @@ def _merging_pays(num_rows: int, W_OI: Tensor) -> bool:
     return merging_pays(num_rows, W_OI.shape, W_OI.dtype, IN_PASSING)
 
 
-def _scaled_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, ratio_O: Tensor) -> Tensor:
-    """Return `ratio · (W + s B A)` in W's layout, scaled before the sum: small factors instead of the weight again."""
-    return (W_OI * ratio_O[:, None]).addmm_(B_OR * ratio_O[:, None], A_RI, alpha=scaling)
+def _scaled(weight: FrozenWeight, ratio_O: Tensor) -> FrozenWeight:
+    """Return `ratio · W`, formed panel by panel; with factors scaled likewise the update costs no further pass."""
+
+    def panels(dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        for rows, W_PI in weight.walk(dtype, None):
+            ratio_P1 = ratio_O[rows, None].to(dtype)
+            yield rows, W_PI * ratio_P1 if weight.dense is not None else W_PI.mul_(ratio_P1)
+
+    return FrozenWeight(weight.shape, panels=panels)
 
 
-class _FoldedDoRALinear(torch.autograd.Function):
-    """Saves the input and the output without bias, which is the output where there is none; see `dora_linear`."""
+class _FoldedDoRA(torch.autograd.Function):
+    """Saves the input and the output without bias, which is the output where there is none; see `folded_dora`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        W_OI: Tensor,
+        weight: FrozenWeight,
         bias_O: Tensor | None,
         A_RI: Tensor,
         B_OR: Tensor,
         scaling: float,
         ratio_O: Tensor,
     ) -> Tensor:
-        v_NO = product(x_NI, _scaled_weight(W_OI, A_RI, B_OR, scaling, ratio_O))
-        ctx.save_for_backward(x_NI, W_OI, A_RI, B_OR, ratio_O, v_NO)
-        ctx.scaling = scaling
+        update = Update(A_RI, B_OR * ratio_O[:, None], scaling)
+        v_NO = apply_weight(x_NI, _scaled(weight, ratio_O), None, update)
+        ctx.save_for_backward(x_NI, A_RI, B_OR, ratio_O, v_NO)
+        ctx.weight, ctx.scaling = weight, scaling
         return v_NO if bias_O is None else v_NO + bias_O
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, W_OI, A_RI, B_OR, ratio_O, v_NO = ctx.saved_tensors
-        needs_x, needs_W, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
-        dx_NI = dA_RI = dB_OR = dW_OI = None
+        x_NI, A_RI, B_OR, ratio_O, v_NO = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, _, needs_ratio = ctx.needs_input_grad
+        update = Update(A_RI, B_OR * ratio_O[:, None], ctx.scaling)
+        dz_NR = rank_gradient(dy_NO, update.B_OR, ctx.scaling) if needs_x or needs_A else None
+        dx_NI = dB_OR = None
         if needs_x:
-            dx_NI = product(dy_NO, _scaled_weight(W_OI, A_RI, B_OR, ctx.scaling, ratio_O).T)
-        if needs_A:
-            dA_RI = sum_product(rank_gradient(dy_NO, B_OR * ratio_O[:, None], ctx.scaling), x_NI)
+            dx_NI = apply_transposed(dy_NO, _scaled(ctx.weight, ratio_O), update, dz_NR)
+        dA_RI = sum_product(dz_NR, x_NI) if needs_A and dz_NR is not None else None
         if needs_B:
             dB_OR = up_gradient(product(x_NI, A_RI), dy_NO, ctx.scaling) * ratio_O[:, None]
-        if needs_W:
-            dW_OI = (dy_NO.T @ x_NI).mul_(ratio_O[:, None])
         dratio_O = column_dots(dy_NO, v_NO) / ratio_O if needs_ratio else None
-        return dx_NI, dW_OI, dy_NO.sum(0) if needs_bias else None, dA_RI, dB_OR, None, dratio_O
+        return dx_NI, None, dy_NO.sum(0) if needs_bias else None, dA_RI, dB_OR, None, dratio_O
+
+
+def folded_dora(
+    x_NI: Tensor,
+    weight: FrozenWeight,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    ratio_O: Tensor,
+) -> Tensor:
+    """Apply a frozen weight, stored in whatever, and its low-rank update, the ratio multiplied into both.
+
+    Equals, and is tested against, `ops.reference.dora_linear`, as `dora_linear` does, whose arguments these are but
+    for the weight; no ratio may be zero (`is_far_from_zero`).
+
+    Returns:
+        Tensor (N, O), dtype of `x`. Differentiable once.
+
+    Cost:
+        As `ops.projections.project`, a pass over the weight each way, and one over (N, O) for the magnitude's gradient.
+        Kept for backward: the input, and the output without its bias.
+
+    Example:
+        >>> weight = FrozenWeight(torch.Size([4, 3]), torch.ones(4, 3))
+        >>> x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.zeros(4, 1)
+        >>> folded_dora(x, weight, None, A, B, 0.5, torch.full((4,), 2.0))[0].tolist()
+        [6.0, 6.0, 6.0, 6.0]
+
+    Source:
+        Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
+    """
+    return _FoldedDoRA.apply(x_NI, weight, bias_O, A_RI, B_OR, scaling, ratio_O.to(x_NI.dtype))
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -243,5 +284,5 @@ def dora_linear(
         return out_NO if bias_O is None else out_NO + bias_O.to(out_NO.dtype)
     ratio_O = ratio_O.to(x_NI.dtype)
     if folds(x_NI.shape[0], W_OI, ratio_O):
-        return _FoldedDoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O)
+        return folded_dora(x_NI, FrozenWeight(W_OI.shape, W_OI), bias_O, A_RI, B_OR, scaling, ratio_O)
     return _DoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O)[0]

@@ -56,6 +56,16 @@ class FrozenWeight:
                 yield rows, W_PI
 
 
+def weight_product(weight: FrozenWeight, A_RI: Tensor) -> Tensor:
+    """Return `W Aᵀ`, shape (O, R), in the dtype of A; no gradient of its own.
+
+    Example:
+        >>> weight_product(FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3)), torch.ones(1, 3)).tolist()
+        [[3.0], [3.0]]
+    """
+    return torch.cat([product(W_PI, A_RI) for _, W_PI in weight.walk(A_RI.dtype, None)])
+
+
 def down_products(
     x_NI: Tensor, weights: Sequence[FrozenWeight], updates: Sequence[Update | None]
 ) -> list[Tensor | None]:
