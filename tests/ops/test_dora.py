@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from veneer.ops import reference
 from veneer.ops.dora import column_dots, dora_linear, folded_dora, folds, magnitude_ratio, product_norm, weight_norm2
+from veneer.ops.dropout import Dropout
 from veneer.ops.frozen import FrozenWeight
+from veneer.ops.projections import Projection
 
 sizes = st.integers(1, 7)
 
@@ -75,9 +77,11 @@ def in_panels(W: torch.Tensor, size: int) -> FrozenWeight:
     return FrozenWeight(W.shape, panels=panels)
 
 
-@given(st.integers(1, 40), sizes, sizes, sizes, st.integers(1, 7), st.booleans(), st.integers(0, 50))
-def test_a_weight_in_panels_equals_the_reference_with_gradients(rows, inputs, outputs, rank, size, with_bias, seed):
-    """Merged or beside the weight, which the number of rows decides."""
+@given(st.integers(1, 40), sizes, sizes, sizes, st.integers(1, 7), st.booleans(), st.booleans(), st.integers(0, 50))
+def test_a_weight_in_panels_equals_the_reference_with_gradients(
+    rows, inputs, outputs, rank, size, with_bias, drops, seed
+):
+    """Merged or beside the weight, which the number of rows and dropout decide."""
     shapes = (rows, inputs), (outputs,), (rank, inputs), (outputs, rank), (outputs,)
     W, weights, *tensors = draw(seed, (outputs, inputs), (rows, outputs), *shapes)
     x, bias, A, B, ratio = (one.requires_grad_() for one in tensors)
@@ -85,8 +89,13 @@ def test_a_weight_in_panels_equals_the_reference_with_gradients(rows, inputs, ou
     chosen = bias if with_bias else None
     wanted = [x, *([bias] if with_bias else []), A, B, ratio]
     grads = []
-    for function, weight in ((folded_dora, in_panels(W, size)), (reference.dora_linear, W)):
-        out = function(x, weight, chosen, A, B, 0.7, ratio)
+    dropout = Dropout(20_000, seed) if drops else None
+    left = x if dropout is None else x * dropout.kept(x.shape, x.device) * dropout.factor
+    expected = ratio * (x @ W.T + reference.lora_delta(left, A, B, 0.7))
+    for out in (
+        folded_dora(x, Projection(in_panels(W, size), chosen, (A, B), 0.7, dropout), ratio),
+        expected if chosen is None else expected + chosen,
+    ):
         grads.append([out.detach(), *torch.autograd.grad((out * weights).sum(), wanted)])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
@@ -96,11 +105,23 @@ def test_a_weight_in_panels_in_sixteen_bits():
     W, x, A, B, ratio = draw(3, (48, 64), (30, 64), (4, 64), (48, 4), (48,))
     ratio = 1 + ratio / 8
     expected = reference.dora_linear(x, W, None, A, B, 0.7, ratio)
-    got = folded_dora(
-        x.bfloat16(), in_panels(W.bfloat16(), 20), None, A.bfloat16(), B.bfloat16(), 0.7, ratio.bfloat16()
-    )
+    one = Projection(in_panels(W.bfloat16(), 20), None, (A.bfloat16(), B.bfloat16()), 0.7)
+    got = folded_dora(x.bfloat16(), one, ratio)
     assert got.dtype == torch.bfloat16
     assert (got.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_in_sixteen_bits_a_ratio_within_half_a_digit_of_one_counts():
+    """Of decoded weights, whose digits are as good as random."""
+    W, x, A = draw(4, (64, 256), (200, 256), (1, 256))
+    factors, once = (A.bfloat16(), torch.zeros(64, 1).bfloat16()), torch.ones(64)
+    found = [
+        folded_dora(x.bfloat16(), Projection(in_panels(W, 20), None, factors), ratio).double()
+        for ratio in (once, once + 1e-3)
+    ]
+    expected = 1e-3 * (x.bfloat16().double() @ W.T)
+    slope = ((found[1] - found[0]) * expected).sum() / expected.square().sum()
+    assert 0.8 < slope < 1.2
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 300])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops import reference
+from veneer.ops.dropout import Dropout
 from veneer.ops.frozen import FrozenWeight
 from veneer.ops.gates import ACTIVATIONS
 from veneer.ops.norm import RMSNorm
@@ -54,12 +55,17 @@ def leaf(one: Tensor | None) -> Tensor | None:
 def plainly(x: Tensor, one: dict[str, Tensor | None]) -> Tensor:
     if one["A"] is None:
         return torch.nn.functional.linear(x, one["W"], one["bias"])
+    if (dropout := one.get("dropout")) is not None:
+        left = x * dropout.kept(x.shape, x.device) * dropout.factor
+        return torch.nn.functional.linear(x, one["W"], one["bias"]) + reference.lora_delta(
+            left, one["A"], one["B"], SCALING
+        )
     return reference.lora_linear(x, one["W"], one["bias"], one["A"], one["B"], SCALING)
 
 
 def fused(one: dict[str, Tensor | None], panel: int | None) -> Projection:
     factors = None if one["A"] is None else (one["A"], one["B"])
-    return Projection(frozen(one["W"], panel), one["bias"], factors, SCALING)
+    return Projection(frozen(one["W"], panel), one["bias"], factors, SCALING, one.get("dropout"))
 
 
 def run(function, x: Tensor, made: list[dict[str, Tensor | None]]) -> list[Tensor]:
@@ -76,9 +82,11 @@ def run(function, x: Tensor, made: list[dict[str, Tensor | None]]) -> list[Tenso
 @pytest.mark.parametrize("panel", [None, 4, 64], ids=["dense", "panels", "one panel"])
 @pytest.mark.parametrize("norm", [None, 0.0, 1.0], ids=["no norm", "norm", "norm with offset"])
 @pytest.mark.parametrize("sizes", [[(6, 2), (9, 3), (5, 1)], [(6, 2), (9, 0)], [(7, 0)]])
-def test_project_equals_its_parts(rows, panel, norm, sizes):
+@pytest.mark.parametrize("dropped", [(), (0,), (0, 1, 2)], ids=["all", "one drops", "each drops"])
+def test_project_equals_its_parts(rows, panel, norm, sizes, dropped):
     gain = draw(8)
     made = layers(8, sizes, torch.float64)
+    made = [{**one, "dropout": Dropout(20_000, seed=n) if n in dropped else None} for n, one in enumerate(made)]
     what = None if norm is None else RMSNorm(gain, 1e-5, norm)
 
     def parts(x, made):
@@ -94,9 +102,10 @@ def test_project_equals_its_parts(rows, panel, norm, sizes):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("panel", [None, 3], ids=["dense", "panels"])
-def test_gated_projection_equals_its_parts(rows, name, rank, panel):
+@pytest.mark.parametrize("dropout", [None, Dropout(20_000, seed=1)], ids=["all", "drops"])
+def test_gated_projection_equals_its_parts(rows, name, rank, panel, dropout):
     activation = ACTIVATIONS[name]
-    made = layers(6, [(5, rank)], torch.float64)
+    made = [{**one, "dropout": dropout} for one in layers(6, [(5, rank)], torch.float64)]
     gate, up = draw(rows, 6, seed=1), draw(rows, 6, seed=2)
     found = []
     for function in (
@@ -137,15 +146,16 @@ def test_inputs_that_need_no_gradient_get_none():
     assert made["A"].grad is not None
 
 
-def test_little_is_kept():
-    """Of three layers' tensors with 64 rows, only the input before the norm and 1 / rms."""
-    made = layers(8, [(6, 2), (9, 3)], torch.float64)
+@pytest.mark.parametrize("dropout", [None, Dropout(20_000, seed=1)], ids=["all", "drops"])
+def test_little_is_kept(dropout):
+    """Of three layers' tensors with 64 rows, only the input before the norm and 1 / rms, whatever is dropped."""
+    made = [{**one, "dropout": dropout} for one in layers(8, [(6, 2), (9, 3)], torch.float64)]
     saved: list[Tensor] = []
     x = draw(64, 8).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         gate, up = project(x, [fused(one, None) for one in made[:1] * 2], RMSNorm(draw(8), 1e-5))
         assert [tuple(one.shape) for one in saved if one.shape[0] == 64] == [(64, 8), (64, 1)]
         saved.clear()
-        down = layers(6, [(5, 2)], torch.float64)[0]
+        down = {**layers(6, [(5, 2)], torch.float64)[0], "dropout": dropout}
         gated_projection(gate, up, ACTIVATIONS["silu"], fused(down, None))
     assert [one.data_ptr() for one in saved if one.shape[0] == 64] == [gate.data_ptr(), up.data_ptr()]

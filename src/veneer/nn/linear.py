@@ -1,5 +1,6 @@
 """LoRA on a linear layer: torch's, transformers' Conv1D, or one whose weight is quantised."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
 from veneer.ops.dora import dora_linear, folded_dora, is_far_from_zero, magnitude_ratio, product_norm
+from veneer.ops.dropout import draw_dropout
 from veneer.ops.frozen import FrozenWeight, weight_product
 from veneer.ops.lora import add_lora, autocasting, linear_onto, lora_linear
 from veneer.ops.projections import Projection, project
@@ -137,21 +139,27 @@ class LoRALinear(LoRALayer):
         A, B = slot.factors(x_NI.dtype)
         if slot.magnitude is not None:
             return self._with_magnitude(x_NI, slot, A, B)
+        W_OI = plain_weight(self.base)
+        if W_OI is not None and not self.dropping(slot):
+            return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
+        frozen = self._frozen(x_NI, slot)
+        if frozen is not None:
+            return project(x_NI, [frozen])[0]
         if self.dropping(slot):
             return self._onto(self._delta(x_NI, slot, A, B), x_NI)
-        W_OI = plain_weight(self.base)
-        if W_OI is not None:
-            return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
-        stored = self._stored(x_NI, slot)
-        if stored is not None:
-            return project(x_NI, [stored])[0]
         return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
 
-    def _stored(self, x_NI: Tensor, slot: Slot) -> Projection | None:
-        """Return what to compute with where the weight is decoded by storage functions of ours, into which we see."""
-        if autocasting(x_NI) or torch.compiler.is_compiling():  # which need not look into decoding
+    def projection(self, x_NI: Tensor, slot: Slot) -> Projection | None:
+        """Return what one slot computes with, dropout drawn, or None where that is no frozen layer with one update."""
+        dropping = self.dropping(slot)
+        if dropping and len(slot.parts or ()) > 1:  # each part drops inputs of its own
             return None
-        return frozen_projection(self.base, x_NI, slot)
+        found = frozen_projection(self.base, x_NI, slot)
+        return replace(found, dropout=draw_dropout(slot.dropout)) if found is not None and dropping else found
+
+    def _frozen(self, x_NI: Tensor, slot: Slot) -> Projection | None:
+        """Return `projection` where autocast casts nothing and no compiler need look into what decodes a weight."""
+        return None if autocasting(x_NI) or torch.compiler.is_compiling() else self.projection(x_NI, slot)
 
     def _onto(self, delta_NO: Tensor, x_NI: Tensor) -> Tensor:
         """Add the base's output to an update; in 16 bits before it is rounded, where the base is known that well."""
@@ -169,12 +177,13 @@ class LoRALinear(LoRALayer):
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias, W_OI = self.bias, plain_weight(self.base)
-        stored = None if W_OI is not None else self._stored(x_NI, slot)
+        needed = W_OI is None or self.dropping(slot)
+        frozen = self._frozen(x_NI, slot) if needed else None
         with torch.no_grad():
             if W_OI is not None:
                 projected_OR = F.linear(W_OI, A)
-            elif stored is not None:
-                projected_OR = weight_product(stored.weight, A)
+            elif frozen is not None:
+                projected_OR = weight_product(frozen.weight, A)
             else:
                 # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
                 projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
@@ -182,8 +191,8 @@ class LoRALinear(LoRALayer):
         ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
         if W_OI is not None and not self.dropping(slot):
             return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
-        if stored is not None and not self.dropping(slot) and is_far_from_zero(ratio_O):
-            return folded_dora(x_NI, stored.weight, bias, A, B, slot.scaling, ratio_O)
+        if frozen is not None and is_far_from_zero(ratio_O):
+            return folded_dora(x_NI, frozen, ratio_O)
         out = self.base(x_NI)
         if bias is not None:
             bias = bias.to(out.dtype)  # under autocast the base's output is narrower

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.dropout import Dropout
 from veneer.ops.keeping import Keep, room
 from veneer.ops.lora import merged_weight
 from veneer.ops.product import BY_ITSELF, IN_PASSING, merging_pays, product, product_onto
@@ -19,11 +20,39 @@ Panels = Callable[[torch.dtype], Iterator[tuple[slice, Tensor]]]
 
 
 class Update(NamedTuple):
-    """A low-rank update `scaling · B A` of a weight."""
+    """A low-rank update `scaling · B A` of a weight; with dropout, of the inputs that are kept.
+
+    Args:
+        A_RI: Down projection.
+        B_OR: Up projection.
+        scaling: Its factor, that of dropout included.
+        kept_NI: Which inputs are left (bool), or None for all.
+    """
 
     A_RI: Tensor
     B_OR: Tensor
     scaling: float
+    kept_NI: Tensor | None = None
+
+    def inputs(self, x_NI: Tensor) -> Tensor:
+        """Return the inputs of the update, zeros where they were dropped."""
+        return x_NI if self.kept_NI is None else x_NI * self.kept_NI
+
+    def down(self, x_NI: Tensor) -> Tensor:
+        """Return `x Aᵀ` of the inputs that are left."""
+        return product(self.inputs(x_NI), self.A_RI)
+
+
+def update_of(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: Dropout | None) -> Update:
+    """Return the update for some inputs; which of them dropout leaves is drawn anew, and is the same each time.
+
+    Example:
+        >>> update_of(torch.ones(1, 2), torch.ones(1, 2), torch.ones(3, 1), 0.5, Dropout(32768, seed=0)).scaling
+        1.0
+    """
+    if dropout is None:
+        return Update(A_RI, B_OR, scaling)
+    return Update(A_RI, B_OR, scaling * dropout.factor, dropout.kept(x_NI.shape, x_NI.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +76,7 @@ class FrozenWeight:
     def walk(self, dtype: torch.dtype, update: Update | None) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows of `W + s B A`, all at once where nothing needs decoding."""
         if self.dense is not None:
-            W_OI = self.dense if update is None else merged_weight(self.dense, *update)
+            W_OI = self.dense if update is None else merged_weight(self.dense, *update[:3])
             yield slice(0, self.shape[0]), W_OI
         elif self.panels is not None:
             for rows, W_PI in self.panels(dtype):
@@ -69,7 +98,9 @@ def weight_product(weight: FrozenWeight, A_RI: Tensor) -> Tensor:
 def down_products(
     x_NI: Tensor, weights: Sequence[FrozenWeight], updates: Sequence[Update | None]
 ) -> list[Tensor | None]:
-    """Return `x Aᵀ` of each layer whose update is applied beside its weight, by one product for all; else None.
+    """Return `x Aᵀ` of each layer whose update is applied beside its weight; None of the others.
+
+    One product gives all that read the same inputs; what dropout left of them is each layer's own.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([9, 3]), torch.ones(9, 3))
@@ -78,12 +109,12 @@ def down_products(
         [tensor([[3.]]), None]
     """
     ways = [_ways(x_NI, weight, update)[1] for weight, update in zip(weights, updates, strict=True)]
-    beside = [update.A_RI for update in ways if update is not None]
-    if not beside:
-        return [None] * len(ways)
-    z_NQ = product(x_NI, beside[0] if len(beside) == 1 else torch.cat(beside))
-    parts = iter(z_NQ.split([len(A_RI) for A_RI in beside], dim=1))
-    return [None if update is None else next(parts) for update in ways]
+    alike = [update.A_RI for update in ways if update is not None and update.kept_NI is None]
+    parts: Iterator[Tensor] = iter(())
+    if alike:
+        z_NQ = product(x_NI, alike[0] if len(alike) == 1 else torch.cat(alike))
+        parts = iter(z_NQ.split([len(A_RI) for A_RI in alike], dim=1))
+    return [None if update is None else next(parts) if update.kept_NI is None else update.down(x_NI) for update in ways]
 
 
 def apply_weight(
@@ -107,7 +138,7 @@ def apply_weight(
     merged, beside = _ways(x_NI, weight, update)
     first_NO = None
     if beside is not None and z_NR is None:
-        z_NR = product(x_NI, beside.A_RI)
+        z_NR = beside.down(x_NI)
     if beside is not None and z_NR is not None and x_NI.dtype.itemsize < 4:
         # With a bias, oneDNN writes a whole sum where it likes; panels of it are written into these rows.
         first_keep = keep if bias_O is None or weight.dense is None else None
@@ -143,7 +174,7 @@ def apply_transposed(
     merged, beside = _ways(dy_NO, weight, update)
     dx_NI = plus_NI
     if beside is not None and dz_NR is not None:
-        dx_NI = product(dz_NR, beside.A_RI.T) if dx_NI is None else dx_NI.addmm_(dz_NR, beside.A_RI)
+        dx_NI = _add_update(dx_NI, beside, dz_NR)
     for rows, W_PI in weight.walk(dy_NO.dtype, merged):
         # A sum over many panels in 16 bits would lose what a single product, which sums in 32, does not.
         if dy_NO.dtype.itemsize < 4 and W_PI.shape[0] < weight.shape[0]:
@@ -155,7 +186,15 @@ def apply_transposed(
     return dx_NI.to(dy_NO.dtype)
 
 
+def _add_update(plus_NI: Tensor | None, update: Update, dz_NR: Tensor) -> Tensor:
+    """Return `dz A + plus`, with dropout of the inputs that were left."""
+    if update.kept_NI is None and plus_NI is not None:
+        return plus_NI.addmm_(dz_NR, update.A_RI)
+    part_NI = update.inputs(product(dz_NR, update.A_RI.T))
+    return part_NI if plus_NI is None else plus_NI.add_(part_NI)
+
+
 def _ways(rows: Tensor, weight: FrozenWeight, update: Update | None) -> tuple[Update | None, Update | None]:
     """Return the update to be merged into the weight, or the one to be applied beside it."""
-    merges = update is not None and weight.merging_pays(rows.shape[0], rows.dtype)
+    merges = update is not None and update.kept_NI is None and weight.merging_pays(rows.shape[0], rows.dtype)
     return (update, None) if merges else (None, update)

@@ -4,17 +4,18 @@ Shapes: N rows, I in, O out, R rank, Q the ranks of several layers side by side,
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight, down_products
+from veneer.ops.dropout import Dropout
+from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight, down_products, update_of
 from veneer.ops.gates import Activation
 from veneer.ops.keeping import Keep
-from veneer.ops.lora import rank_gradient
+from veneer.ops.lora import rank_gradient, up_gradient
 from veneer.ops.norm import RMSNorm, norm_gradient, normalise, renormalise
 from veneer.ops.product import product, sum_product
 
@@ -28,22 +29,24 @@ class Projection:
         bias: The frozen bias, or None.
         factors: A (R, I) and B (O, R) in the dtype that is computed in, or None.
         scaling: Factor of the update.
+        dropout: What zeroes inputs of the update, or None.
     """
 
     weight: FrozenWeight
     bias: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     scaling: float = 1.0
+    dropout: Dropout | None = None
 
 
-class _Frozen:
-    """What a projection is made of beside the factors, which autograd has to see by themselves."""
+def _without_factors(one: Projection) -> Projection:
+    """Return what autograd does not have to see."""
+    return replace(one, factors=None)
 
-    def __init__(self, one: Projection) -> None:
-        self.weight, self.bias, self.scaling = one.weight, one.bias, one.scaling
 
-    def update(self, A_RI: Tensor | None, B_OR: Tensor | None) -> Update | None:
-        return None if A_RI is None or B_OR is None else Update(A_RI, B_OR, self.scaling)
+def _update(one: Projection, x_NI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> Update | None:
+    """Return the update for some inputs, or None where there is none."""
+    return None if A_RI is None or B_OR is None else update_of(x_NI, A_RI, B_OR, one.scaling, one.dropout)
 
 
 def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
@@ -58,22 +61,26 @@ def _pairs(flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | 
 def _factor_gradients(
     x_NI: Tensor, dz: Sequence[Tensor | None], dy: Sequence[Tensor], updates: Sequence[Update | None]
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Return dA and dB of each projection: one product with all A's and one for all of their gradients."""
+    """Return dA and dB of each projection: one product with all A's that read the same inputs, one for all dA."""
     found: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(updates)
-    adapted = [
-        (place, update, dz_NR)
-        for place, (update, dz_NR) in enumerate(zip(updates, dz, strict=True))
-        if update is not None and dz_NR is not None
-    ]
-    if not adapted:
+    alike: list[tuple[int, Update, Tensor]] = []
+    for place, (update, dz_NR) in enumerate(zip(updates, dz, strict=True)):
+        if update is None or dz_NR is None:
+            continue
+        if update.kept_NI is None:
+            alike.append((place, update, dz_NR))
+            continue
+        left_NI = update.inputs(x_NI)
+        dB_OR = up_gradient(product(left_NI, update.A_RI), dy[place], update.scaling)
+        found[place] = sum_product(dz_NR, left_NI), dB_OR
+    if not alike:
         return found
-    z_NQ = product(x_NI, torch.cat([update.A_RI for _, update, _ in adapted]))
-    dA_QI = sum_product(torch.cat([dz_NR for _, _, dz_NR in adapted], dim=1), x_NI)
+    z_NQ = product(x_NI, torch.cat([update.A_RI for _, update, _ in alike]))
+    dA_QI = sum_product(torch.cat([dz_NR for _, _, dz_NR in alike], dim=1), x_NI)
     start = 0
-    for place, update, dz_NR in adapted:
+    for place, update, dz_NR in alike:
         stop = start + dz_NR.shape[1]
-        dB_RO = sum_product(z_NQ[:, start:stop], dy[place]).mul_(update.scaling)
-        found[place] = dA_QI[start:stop], dB_RO.T
+        found[place] = dA_QI[start:stop], up_gradient(z_NQ[:, start:stop], dy[place], update.scaling)
         start = stop
     return found
 
@@ -86,13 +93,13 @@ class _Projections(torch.autograd.Function):
         ctx: Any,
         x_NI: Tensor,
         norm: RMSNorm | None,
-        frozen: Sequence[_Frozen],
+        frozen: Sequence[Projection],
         keep: Keep | None,
         kept: Collection[int],
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         y_NI, inverse_N1 = (x_NI, None) if norm is None else normalise(x_NI, norm, keep)
-        updates = [one.update(*pair) for one, pair in zip(frozen, _pairs(factors), strict=True)]
+        updates = [_update(one, y_NI, *pair) for one, pair in zip(frozen, _pairs(factors), strict=True)]
         z = down_products(y_NI, [one.weight for one in frozen], updates)
         outs = tuple(
             apply_weight(y_NI, one.weight, one.bias, update, keep if place in kept else None, z_NR)
@@ -107,7 +114,7 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         x_NI, inverse_N1, *factors = ctx.saved_tensors
         norm: RMSNorm | None = ctx.norm
-        updates = [one.update(*pair) for one, pair in zip(ctx.frozen, _pairs(factors), strict=True)]
+        updates = [_update(one, x_NI, *pair) for one, pair in zip(ctx.frozen, _pairs(factors), strict=True)]
         dz = [
             None if update is None else rank_gradient(part, update.B_OR, update.scaling)
             for part, update in zip(dy, updates, strict=True)
@@ -136,7 +143,7 @@ def project(
 
     Equals, and is tested against, the same made of `ops.reference.rms_norm` and `ops.reference.lora_linear`:
 
-        y = rms_norm(x); outs = [y @ W.T + bias + scaling * y @ A.T @ B.T for each]
+        y = rms_norm(x); outs = [y @ W.T + bias + scaling * dropped(y) @ A.T @ B.T for each]
 
     Args:
         x_NI: Input.
@@ -149,15 +156,16 @@ def project(
         One tensor (N, O) for each layer. Differentiable once.
 
     Cost:
-        As `lora_linear` for each, with one skinny product `y Aᵀ` each way and one `dA` for all of them. Kept for
-        backward: `x`, and one number a row; the normalised input is computed again.
+        As `lora_linear` for each, with one skinny product `y Aᵀ` each way and one `dA` for all of them; with dropout
+        each its own, beside the weight, and two passes over its inputs each way. Kept for backward: `x`, and one number
+        a row; the normalised input is computed again, and what was dropped is drawn again.
 
     Example:
         >>> weight = FrozenWeight(torch.Size([2, 3]), torch.ones(2, 3))
         >>> [out.tolist() for out in project(torch.ones(1, 3), [Projection(weight), Projection(weight)])]
         [[[3.0, 3.0]], [[3.0, 3.0]]]
     """
-    frozen = [_Frozen(one) for one in projections]
+    frozen = [_without_factors(one) for one in projections]
     return _Projections.apply(x_NI, norm, frozen, keep, kept, *_factors(projections))
 
 
@@ -170,7 +178,7 @@ class _GatedProjection(torch.autograd.Function):
         gate_NF: Tensor,
         up_NF: Tensor,
         activation: Activation,
-        frozen: _Frozen,
+        frozen: Projection,
         keep: Keep | None,
         A_RF: Tensor | None,
         B_OR: Tensor | None,
@@ -178,14 +186,14 @@ class _GatedProjection(torch.autograd.Function):
         ctx.save_for_backward(gate_NF, up_NF, A_RF, B_OR)
         ctx.activation, ctx.frozen = activation, frozen
         h_NF = activation.forward(gate_NF).mul_(up_NF)
-        return apply_weight(h_NF, frozen.weight, frozen.bias, frozen.update(A_RF, B_OR), keep)
+        return apply_weight(h_NF, frozen.weight, frozen.bias, _update(frozen, h_NF, A_RF, B_OR), keep)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Any, ...]:
         gate_NF, up_NF, A_RF, B_OR = ctx.saved_tensors
-        frozen: _Frozen = ctx.frozen
-        update = frozen.update(A_RF, B_OR)
+        frozen: Projection = ctx.frozen
+        update = _update(frozen, gate_NF, A_RF, B_OR)
         dz_NR = None if update is None else rank_gradient(dy_NO, update.B_OR, update.scaling)
         active_NF = ctx.activation.forward(gate_NF)
         dA_RF, dB_OR = None, None
@@ -232,5 +240,5 @@ def gated_projection(
         Shazeer 2020, arXiv:2002.05202, equation 5; the backward after the idea of Liger Kernel, arXiv:2410.10989.
     """
     return _GatedProjection.apply(
-        gate_NF, up_NF, activation, _Frozen(projection), keep, *(projection.factors or (None, None))
+        gate_NF, up_NF, activation, _without_factors(projection), keep, *(projection.factors or (None, None))
     )
