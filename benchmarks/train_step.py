@@ -6,6 +6,8 @@ same noise; the best of N steps counts. PEFT runs at its strongest on a CPU: sdp
 fused AdamW; eager and under torch.compile. Beside them the limit: the kernels of our step timed alone.
 
     python benchmarks/train_step.py --rank 8 --steps 8
+    python benchmarks/train_step.py --dropout 0.05 --only veneer peft "peft, torch.compile"
+    python benchmarks/train_step.py --dora --only veneer peft "peft, torch.compile"
 """
 
 import argparse
@@ -18,6 +20,7 @@ from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,6 +34,30 @@ from common import memory, save, table
 SEQUENCES, LENGTH = 4, 512
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4
+
+
+class Settings(NamedTuple):
+    """What the adapters of all contenders have in common."""
+
+    rank: int
+    dropout: float = 0.0
+    dora: bool = False
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """Veneer's names for them."""
+        return {"rank": self.rank, "alpha": 2 * self.rank, "dropout": self.dropout, "use_dora": self.dora}
+
+    @property
+    def theirs(self) -> dict[str, Any]:
+        """PEFT's."""
+        return {"r": self.rank, "lora_alpha": 2 * self.rank, "lora_dropout": self.dropout, "use_dora": self.dora}
+
+    @property
+    def name(self) -> str:
+        """What results are called."""
+        return f"r{self.rank}{'_dora' if self.dora else ''}{'_dropout' if self.dropout else ''}"
+
 
 StepFunction = Callable[[], float]
 Contender = tuple[StepFunction, Callable[[], None], Callable[[], dict[str, float]]]
@@ -49,7 +76,7 @@ def loaded_model() -> torch.nn.Module:
     return model
 
 
-def veneer_step(rank: int) -> Contender:
+def veneer_step(settings: Settings) -> Contender:
     from limit import limit_seconds
 
     from veneer.base.ragged import RaggedBatch
@@ -59,7 +86,7 @@ def veneer_step(rank: int) -> Contender:
     from veneer.train.ways import computing
 
     model = loaded_model()
-    attachment = veneer.attach(model, veneer.LoRAConfig(rank=rank, alpha=2 * rank))
+    attachment = veneer.attach(model, veneer.LoRAConfig(**settings.ours))
     model.train()
     optimizer = FlatAdamW(attachment.parameters(), weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM)
     supervised = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
@@ -79,11 +106,11 @@ def veneer_step(rank: int) -> Contender:
     return step, start, lambda: limit_seconds(model, batch.lengths, SEQUENCES * (LENGTH - 1))
 
 
-def peft_step(rank: int, *, compiled: bool = False) -> Contender:
+def peft_step(settings: Settings, *, compiled: bool = False) -> Contender:
     import peft
 
     model = loaded_model()
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(**settings.theirs, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,9 +140,9 @@ CONTENDERS = {
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
-def serve(name: str, rank: int, pipe: Connection) -> None:
+def serve(name: str, settings: Settings, pipe: Connection) -> None:
     """Make a contender's step, then do one each time the parent asks."""
-    step, start_all, finish = CONTENDERS[name](rank)
+    step, start_all, finish = CONTENDERS[name](settings)
     pipe.send(memory("VmRSS"))
     start_all()
     while pipe.recv():
@@ -128,15 +155,18 @@ def serve(name: str, rank: int, pipe: Connection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each, after one to warm up")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, help="these contenders alone")
     arguments = parser.parse_args()
+    settings = Settings(arguments.rank, arguments.dropout, arguments.dora)
     spawn = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
     for name in arguments.only or CONTENDERS:
         pipes[name], theirs = spawn.Pipe()
         os.environ.update(KEPT if "kept" in name else {})
-        spawn.Process(target=serve, args=(name, arguments.rank, theirs), daemon=True).start()
+        spawn.Process(target=serve, args=(name, settings, theirs), daemon=True).start()
         theirs.close()  # so that a contender that dies ends the wait for it
         results[name] = {"loaded_bytes": pipes[name].recv(), "seconds": [], "losses": []}
         for variable in KEPT:
@@ -152,10 +182,10 @@ def main() -> None:
     for name, pipe in pipes.items():
         pipe.send(False)
         results[name]["limit"] = pipe.recv()
-    report(arguments.rank, results)
+    report(settings, results)
 
 
-def report(rank: int, results: dict) -> None:
+def report(settings: Settings, results: dict) -> None:
     tokens = SEQUENCES * LENGTH
     for one in results.values():
         one["best_seconds"] = min(one["seconds"])
@@ -172,7 +202,9 @@ def report(rank: int, results: dict) -> None:
         / (best["peak_bytes"] - best["loaded_bytes"]),
         "first_loss_difference": abs(ours["losses"][0] - best["losses"][0]),
     }
-    path = save(f"train_step_r{rank}", {"rank": rank, "tokens": tokens, "results": results, "ratios": ratios})
+    path = save(
+        f"train_step_{settings.name}", {**settings._asdict(), "tokens": tokens, "results": results, "ratios": ratios}
+    )
     rows = [
         {
             "contender": name,
@@ -186,7 +218,7 @@ def report(rank: int, results: dict) -> None:
     ]
     print(table(rows))
     print(
-        f"\nrank {rank}: Veneer runs at {ratios['speed']:.2f} x the faster of PEFT's, with "
+        f"\n{settings.name}: Veneer runs at {ratios['speed']:.2f} x the faster of PEFT's, with "
         f"{ratios['peak_memory_above_loaded']:.2f} of its peak memory above the loaded model "
         f"({ratios['peak_memory']:.2f} of all), at {ratios['share_of_limit']:.2f} of the limit: its kernels alone take "
         f"{limit:.2f} s ({', '.join(f'{name} {one:.2f}' for name, one in ours['limit'].items())}). {path}"

@@ -90,7 +90,7 @@ def test_a_weight_in_panels_equals_the_reference_with_gradients(
     wanted = [x, *([bias] if with_bias else []), A, B, ratio]
     grads = []
     dropout = Dropout(20_000, seed) if drops else None
-    left = x if dropout is None else x * dropout.kept(x.shape, x.device) * dropout.factor
+    left = x if dropout is None else x * dropout.kept(x) * dropout.factor
     expected = ratio * (x @ W.T + reference.lora_delta(left, A, B, 0.7))
     for out in (
         folded_dora(x, Projection(in_panels(W, size), chosen, (A, B), 0.7, dropout), ratio),

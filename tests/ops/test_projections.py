@@ -56,7 +56,7 @@ def plainly(x: Tensor, one: dict[str, Tensor | None]) -> Tensor:
     if one["A"] is None:
         return torch.nn.functional.linear(x, one["W"], one["bias"])
     if (dropout := one.get("dropout")) is not None:
-        left = x * dropout.kept(x.shape, x.device) * dropout.factor
+        left = x * dropout.kept(x) * dropout.factor
         return torch.nn.functional.linear(x, one["W"], one["bias"]) + reference.lora_delta(
             left, one["A"], one["B"], SCALING
         )

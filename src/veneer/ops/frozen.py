@@ -26,7 +26,7 @@ class Update(NamedTuple):
         A_RI: Down projection.
         B_OR: Up projection.
         scaling: Its factor, that of dropout included.
-        kept_NI: Which inputs are left (bool), or None for all.
+        kept_NI: One for each input that is left and zero for the others, or None for all.
     """
 
     A_RI: Tensor
@@ -52,7 +52,7 @@ def update_of(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout:
     """
     if dropout is None:
         return Update(A_RI, B_OR, scaling)
-    return Update(A_RI, B_OR, scaling * dropout.factor, dropout.kept(x_NI.shape, x_NI.device))
+    return Update(A_RI, B_OR, scaling * dropout.factor, dropout.kept(x_NI))
 
 
 @dataclass(frozen=True, eq=False)
