@@ -136,10 +136,11 @@ def test_every_kind_of_adapter(changes):
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
-def test_quantised_layers(storage):
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=str)
+def test_quantised_layers(storage, changes):
     model = model_of("Llama", {"hidden_size": 64, "intermediate_size": 128})
     quantise_base(model, storage)
-    fast, expected, got = both_ways(attached(model))
+    fast, expected, got = both_ways(attached(model, **changes))
     assert len(fast.blocks) == 2
     assert_same(expected, got)
 
@@ -151,8 +152,9 @@ def test_sixteen_bits():
     assert_same(expected, got, tolerance=0.1)
 
 
-def test_dropout_of_the_adapter_draws_what_it_draws():
-    model = attached(model_of("Llama", {}), dropout=0.5)
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=str)
+def test_dropout_of_the_adapter_draws_what_it_draws(changes):
+    model = attached(model_of("Llama", {}), dropout=0.5, **changes)
     found = []
     with ragged_attention(model):
         torch.manual_seed(3)
@@ -161,6 +163,32 @@ def test_dropout_of_the_adapter_draws_what_it_draws():
             torch.manual_seed(3)
             found.append(loss_and_gradients(model))
     assert_same(*found)
+
+
+def bytes_kept(**changes) -> int:
+    model, kept = attached(model_of("Llama", {}), **changes), {}
+    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[:1] == (sum(LENGTHS),) and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with ragged_attention(model), fast_modules(model):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda one: one):
+            loss = summed_loss(model, batch())
+        loss.backward()
+    return sum(one.nbytes for one in kept.values())
+
+
+def test_what_drops_or_scales_keeps_little_more():
+    """Dropout nothing; a magnitude the outputs that nothing else keeps: queries, keys, and what each half adds."""
+    plain, config = bytes_kept(), model_of("Llama", {}).config
+    keys = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    outputs = config.num_hidden_layers * sum(LENGTHS) * 4 * (3 * config.hidden_size + keys)
+    assert bytes_kept(dropout=0.5) == plain
+    assert bytes_kept(use_dora=True) == plain + outputs
+    assert bytes_kept(use_dora=True, dropout=0.5) == plain + outputs
 
 
 def test_dropout_of_the_base_is_left_to_it():

@@ -1,5 +1,7 @@
 """What backward needs is written where a caller says; values and gradients are those of the heap, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -40,23 +42,27 @@ def drawn(*shape, dtype, trains=True):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_(trains)
 
 
-def projection(rows, columns, dtype, *, bias=False):
+def projection(rows, columns, dtype, *, bias=False, scaled=False):
     weight = FrozenWeight(torch.Size([rows, columns]), drawn(rows, columns, dtype=dtype, trains=False))
     factors = drawn(R, columns, dtype=dtype), drawn(rows, R, dtype=dtype)
-    return Projection(weight, drawn(rows, dtype=dtype, trains=False) if bias else None, factors, 0.5)
+    ratio = (1 + drawn(rows, dtype=torch.float32, trains=False).abs()).requires_grad_() if scaled else None
+    return Projection(weight, drawn(rows, dtype=dtype, trains=False) if bias else None, factors, 0.5, None, ratio)
 
 
-def projected(dtype, keep):
+def projected(dtype, keep, *, scaled=False):
     x, norm = drawn(T, D, dtype=dtype), RMSNorm(drawn(D, dtype=dtype, trains=False), 1e-5)
-    layers = [projection(OUT, D, dtype, bias=True), projection(OUT, D, dtype)]
+    layers = [projection(OUT, D, dtype, bias=True, scaled=scaled), projection(OUT, D, dtype, scaled=scaled)]
     outs = project(x, layers, norm, keep, (0, 1))
     return [x, *(part for one in layers for part in one.factors)], outs, outs[1:]
 
 
-def gated(dtype, keep):
-    gate, up, down = drawn(T, D, dtype=dtype), drawn(T, D, dtype=dtype), projection(OUT, D, dtype)
+def gated(dtype, keep, *, scaled=False):
+    gate, up, down = drawn(T, D, dtype=dtype), drawn(T, D, dtype=dtype), projection(OUT, D, dtype, scaled=scaled)
     out = gated_projection(gate, up, ACTIVATIONS["silu"], down, keep)
     return [gate, up, *down.factors], [out], [out]
+
+
+projected_with_ratios, gated_with_a_ratio = partial(projected, scaled=True), partial(gated, scaled=True)
 
 
 def normed(dtype, keep):
@@ -83,7 +89,9 @@ def attended(dtype, keep):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [projected, gated, normed, rotated, summed, attended])
+@pytest.mark.parametrize(
+    "make", [projected, projected_with_ratios, gated, gated_with_a_ratio, normed, rotated, summed, attended]
+)
 def test_values_and_gradients_are_those_of_the_heap(make, dtype):
     found = []
     for keep in (None, Keeper()):

@@ -14,6 +14,7 @@ from veneer.ops.norm import RMSNorm
 from veneer.ops.projections import Projection, gated_projection, project
 
 SCALING = 0.7
+TRAINED = ("A", "B", "ratio")
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -48,33 +49,38 @@ def layers(inputs: int, sizes: list[tuple[int, int]], dtype: torch.dtype) -> lis
     ]
 
 
+def ratio_of(one: dict[str, Tensor | None]) -> Tensor:
+    """What DoRA might scale a layer's outputs by."""
+    return 1 + draw(len(one["W"]), seed=5).abs()
+
+
 def leaf(one: Tensor | None) -> Tensor | None:
     return None if one is None else one.clone().requires_grad_()
 
 
 def plainly(x: Tensor, one: dict[str, Tensor | None]) -> Tensor:
-    if one["A"] is None:
-        return torch.nn.functional.linear(x, one["W"], one["bias"])
-    if (dropout := one.get("dropout")) is not None:
-        left = x * dropout.kept(x) * dropout.factor
-        return torch.nn.functional.linear(x, one["W"], one["bias"]) + reference.lora_delta(
-            left, one["A"], one["B"], SCALING
-        )
-    return reference.lora_linear(x, one["W"], one["bias"], one["A"], one["B"], SCALING)
+    out = x @ one["W"].T
+    if one["A"] is not None:
+        dropout = one.get("dropout")
+        left = x if dropout is None else x * dropout.kept(x) * dropout.factor
+        out = out + reference.lora_delta(left, one["A"], one["B"], SCALING)
+    if one.get("ratio") is not None:
+        out = out * one["ratio"]
+    return out if one["bias"] is None else out + one["bias"]
 
 
 def fused(one: dict[str, Tensor | None], panel: int | None) -> Projection:
     factors = None if one["A"] is None else (one["A"], one["B"])
-    return Projection(frozen(one["W"], panel), one["bias"], factors, SCALING, one.get("dropout"))
+    return Projection(frozen(one["W"], panel), one["bias"], factors, SCALING, one.get("dropout"), one.get("ratio"))
 
 
 def run(function, x: Tensor, made: list[dict[str, Tensor | None]]) -> list[Tensor]:
     """Outputs and gradients of a function of an input and layers."""
     x = leaf(x)
-    made = [{**one, "A": leaf(one["A"]), "B": leaf(one["B"])} for one in made]
+    made = [{**one, **{name: leaf(one.get(name)) for name in TRAINED}} for one in made]
     outs = function(x, made)
     torch.autograd.backward(outs, [draw(*out.shape, seed=9, dtype=out.dtype) for out in outs])
-    factors = [one[name] for one in made for name in ("A", "B") if one[name] is not None]
+    factors = [one[name] for one in made for name in TRAINED if one[name] is not None]
     return [*(out.detach() for out in outs), x.grad, *(one.grad for one in factors)]
 
 
@@ -83,10 +89,18 @@ def run(function, x: Tensor, made: list[dict[str, Tensor | None]]) -> list[Tenso
 @pytest.mark.parametrize("norm", [None, 0.0, 1.0], ids=["no norm", "norm", "norm with offset"])
 @pytest.mark.parametrize("sizes", [[(6, 2), (9, 3), (5, 1)], [(6, 2), (9, 0)], [(7, 0)]])
 @pytest.mark.parametrize("dropped", [(), (0,), (0, 1, 2)], ids=["all", "one drops", "each drops"])
-def test_project_equals_its_parts(rows, panel, norm, sizes, dropped):
+@pytest.mark.parametrize("scaled", [(), (1,), (0, 1, 2)], ids=["plain", "one ratio", "ratios"])
+def test_project_equals_its_parts(rows, panel, norm, sizes, dropped, scaled):
     gain = draw(8)
     made = layers(8, sizes, torch.float64)
-    made = [{**one, "dropout": Dropout(20_000, seed=n) if n in dropped else None} for n, one in enumerate(made)]
+    made = [
+        {
+            **one,
+            "dropout": Dropout(20_000, seed=n) if n in dropped else None,
+            "ratio": ratio_of(one) if n in scaled and one["A"] is not None else None,
+        }
+        for n, one in enumerate(made)
+    ]
     what = None if norm is None else RMSNorm(gain, 1e-5, norm)
 
     def parts(x, made):
@@ -103,9 +117,12 @@ def test_project_equals_its_parts(rows, panel, norm, sizes, dropped):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("panel", [None, 3], ids=["dense", "panels"])
 @pytest.mark.parametrize("dropout", [None, Dropout(20_000, seed=1)], ids=["all", "drops"])
-def test_gated_projection_equals_its_parts(rows, name, rank, panel, dropout):
+@pytest.mark.parametrize("way", ["plain", "bias", "ratio", "ratio and bias"])
+def test_gated_projection_equals_its_parts(rows, name, rank, panel, dropout, way):
     activation = ACTIVATIONS[name]
-    made = [{**one, "dropout": dropout} for one in layers(6, [(5, rank)], torch.float64)]
+    (one,) = layers(6, [(5, rank)], torch.float64)
+    one = {**one, "dropout": dropout, "bias": draw(5) if "bias" in way else None}
+    made = [{**one, "ratio": ratio_of(one) if "ratio" in way and rank else None}]
     gate, up = draw(rows, 6, seed=1), draw(rows, 6, seed=2)
     found = []
     for function in (
@@ -113,10 +130,10 @@ def test_gated_projection_equals_its_parts(rows, name, rank, panel, dropout):
         lambda gate, up, one: gated_projection(gate, up, activation, fused(one, panel)),
     ):
         leaves = [leaf(gate), leaf(up)]
-        one = {**made[0], "A": leaf(made[0]["A"]), "B": leaf(made[0]["B"])}
+        one = {**made[0], **{name: leaf(made[0][name]) for name in TRAINED}}
         out = function(*leaves, one)
         out.backward(draw(rows, 5))
-        leaves += [one[name] for name in ("A", "B") if one[name] is not None]
+        leaves += [one[name] for name in TRAINED if one[name] is not None]
         found.append([out.detach(), *(one.grad for one in leaves)])
     torch.testing.assert_close(found[1], found[0])
 

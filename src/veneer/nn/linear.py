@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
-from veneer.ops.dora import dora_linear, folded_dora, is_far_from_zero, magnitude_ratio, product_norm
+from veneer.ops.dora import dora_linear, is_far_from_zero, magnitude_ratio, product_norm
 from veneer.ops.dropout import draw_dropout
 from veneer.ops.frozen import FrozenWeight, weight_product
 from veneer.ops.lora import add_lora, autocasting, linear_onto, lora_linear
+from veneer.ops.product import IN_PASSING, merging_pays
 from veneer.ops.projections import Projection, project
 from veneer.ops.reference import lora_delta
 from veneer.storage.layer import StoredLinear
@@ -155,7 +156,15 @@ class LoRALinear(LoRALayer):
         if dropping and len(slot.parts or ()) > 1:  # each part drops inputs of its own
             return None
         found = frozen_projection(self.base, x_NI, slot)
-        return replace(found, dropout=draw_dropout(slot.dropout)) if found is not None and dropping else found
+        if found is None or found.factors is None:
+            return None
+        dropout = draw_dropout(slot.dropout) if dropping else None
+        if slot.magnitude is None:
+            return replace(found, dropout=dropout)
+        with torch.no_grad():
+            projected_OR = weight_product(found.weight, found.factors[0])
+        ratio_O = _ratio(slot, projected_OR, *found.factors)
+        return replace(found, dropout=dropout, ratio=ratio_O) if is_far_from_zero(ratio_O) else None
 
     def _frozen(self, x_NI: Tensor, slot: Slot) -> Projection | None:
         """Return `projection` where autocast casts nothing and no compiler need look into what decodes a weight."""
@@ -177,22 +186,21 @@ class LoRALinear(LoRALayer):
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
         bias, W_OI = self.bias, plain_weight(self.base)
-        needed = W_OI is None or self.dropping(slot)
-        frozen = self._frozen(x_NI, slot) if needed else None
+        plain = W_OI is not None and not self.dropping(slot)
+        # Few rows: a pass over the outputs is cheaper than one over the weight.
+        if not plain or merging_pays(len(x_NI), W_OI.shape, W_OI.dtype, IN_PASSING):  # type: ignore[union-attr]
+            frozen = self._frozen(x_NI, slot)
+            if frozen is not None:
+                return project(x_NI, [frozen])[0]
         with torch.no_grad():
             if W_OI is not None:
                 projected_OR = F.linear(W_OI, A)
-            elif frozen is not None:
-                projected_OR = weight_product(frozen.weight, A)
             else:
                 # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
                 projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
-            norm_O = product_norm(cast(Tensor, slot.weight_norm2), projected_OR, A, B, slot.scaling)
-        ratio_O = magnitude_ratio(slot.magnitude, norm_O)  # type: ignore[arg-type]
-        if W_OI is not None and not self.dropping(slot):
+        ratio_O = _ratio(slot, projected_OR, A, B)
+        if W_OI is not None and plain:
             return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
-        if frozen is not None and is_far_from_zero(ratio_O):
-            return folded_dora(x_NI, frozen, ratio_O)
         out = self.base(x_NI)
         if bias is not None:
             bias = bias.to(out.dtype)  # under autocast the base's output is narrower
@@ -206,6 +214,14 @@ class LoRALinear(LoRALayer):
         pairs = zip(A.chunk(parts), B.chunk(parts, dim=1), strict=True)
         deltas = [lora_delta(self.drop(x_NI, slot), A_part, B_part, slot.scaling) for A_part, B_part in pairs]
         return deltas[0] if parts == 1 else torch.stack(deltas).sum(0)
+
+
+def _ratio(slot: Slot, projected_OR: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return DoRA's `magnitude / ‖W + delta‖` of each output, the norm as a constant; `projected` is W Aᵀ."""
+    magnitude_O, weight_norm2_O = cast(Tensor, slot.magnitude), cast(Tensor, slot.weight_norm2)
+    with torch.no_grad():
+        norm_O = product_norm(weight_norm2_O, projected_OR, A, B, slot.scaling)
+    return magnitude_ratio(magnitude_O, norm_O)
 
 
 def plain_forward(layer: LoRALinear, x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from veneer.ops.projections import Projection
 def projection_of(module: nn.Module, x_NI: Tensor) -> Projection | None:
     """Return what a linear layer does to an input now, or None where it does more than a frozen layer with one update.
 
-    More is: hooks, weights or biases that train, a magnitude, dropout part by part, rows through several slots, another
-    type.
+    More is: hooks, weights or biases that train, dropout part by part, rows through several slots, another type.
 
     Example:
         >>> import torch
@@ -23,7 +22,5 @@ def projection_of(module: nn.Module, x_NI: Tensor) -> Projection | None:
         if has_hooks(module) or len(slots) > 1:
             return None
         slot = None if slots[0] is None else module.slot(slots[0])
-        if slot is None:
-            return frozen_projection(module.base, x_NI, None)
-        return None if slot.magnitude is not None else module.projection(x_NI, slot)
+        return frozen_projection(module.base, x_NI, None) if slot is None else module.projection(x_NI, slot)
     return frozen_projection(module, x_NI, None)

@@ -3,8 +3,6 @@
 Shapes: N rows, I in, O out, R rank.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
-from veneer.ops.frozen import FrozenWeight, Update, apply_transposed, apply_weight, update_of
 from veneer.ops.lora import autocasting, input_product, merged_weight, rank_gradient, up_gradient
 from veneer.ops.product import IN_PASSING, merging_pays, product, product_onto, sum_product
-from veneer.ops.projections import Projection
 
 _LEAST_RATIO = 1e-12
 _ROWS = 128
@@ -77,14 +73,6 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
     return magnitude_O / torch.where(norm_O > 0, norm_O, torch.inf)
 
 
-def folds(num_rows: int, W_OI: Tensor, ratio_O: Tensor) -> bool:
-    """Tell whether the ratio is multiplied into a frozen, merged weight: no pass over the outputs, either way.
-
-    The gradient of the ratio is then taken from the output itself, divided by the ratio.
-    """
-    return not W_OI.requires_grad and _merging_pays(num_rows, W_OI) and is_far_from_zero(ratio_O)
-
-
 def is_far_from_zero(ratio_O: Tensor) -> bool:
     """Tell whether one can divide by all ratios, where that can be told.
 
@@ -113,99 +101,6 @@ def column_dots(a_NO: Tensor, b_NO: Tensor) -> Tensor:
     return sums_PO.sum(0).to(a_NO.dtype)
 
 
-def _merging_pays(num_rows: int, W_OI: Tensor) -> bool:
-    return merging_pays(num_rows, W_OI.shape, W_OI.dtype, IN_PASSING)
-
-
-def _scaled(weight: FrozenWeight, ratio_O: Tensor) -> FrozenWeight:
-    """Return `ratio · W`, formed panel by panel; with factors scaled likewise the update costs no further pass.
-
-    In 16 bits the decoded numbers are scaled before they are rounded: else a ratio within half a digit of 1 is none.
-    """
-
-    def panels(dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        for rows, W_PI in weight.walk(ratio_O.dtype, None):
-            ratio_P1 = ratio_O[rows, None]
-            yield rows, (W_PI * ratio_P1 if weight.dense is not None else W_PI.mul_(ratio_P1)).to(dtype)
-
-    return FrozenWeight(weight.shape, panels=panels)
-
-
-def _scaled_update(one: Projection, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, ratio_O: Tensor) -> Update:
-    """Return the update with the ratio in its factor, for the inputs that dropout leaves."""
-    return update_of(x_NI, A_RI, (B_OR * ratio_O[:, None]).to(B_OR.dtype), one.scaling, one.dropout)
-
-
-class _FoldedDoRA(torch.autograd.Function):
-    """Saves the input and the output without bias, which is the output where there is none; see `folded_dora`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_NI: Tensor,
-        bias_O: Tensor | None,
-        A_RI: Tensor,
-        B_OR: Tensor,
-        ratio_O: Tensor,
-        one: Projection,
-    ) -> Tensor:
-        update = _scaled_update(one, x_NI, A_RI, B_OR, ratio_O)
-        v_NO = apply_weight(x_NI, _scaled(one.weight, ratio_O), None, update)
-        ctx.save_for_backward(x_NI, A_RI, B_OR, ratio_O, v_NO)
-        ctx.one = one
-        return v_NO if bias_O is None else v_NO + bias_O
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, A_RI, B_OR, ratio_O, v_NO = ctx.saved_tensors
-        needs_x, needs_bias, needs_A, needs_B, needs_ratio, _ = ctx.needs_input_grad
-        update = _scaled_update(ctx.one, x_NI, A_RI, B_OR, ratio_O)
-        dz_NR = rank_gradient(dy_NO, update.B_OR, update.scaling) if needs_x or needs_A else None
-        dx_NI = dB_OR = None
-        if needs_x:
-            dx_NI = apply_transposed(dy_NO, _scaled(ctx.one.weight, ratio_O), update, dz_NR)
-        dA_RI = sum_product(dz_NR, update.inputs(x_NI)) if needs_A and dz_NR is not None else None
-        if needs_B:
-            dB_OR = (up_gradient(update.down(x_NI), dy_NO, update.scaling) * ratio_O[:, None]).to(B_OR.dtype)
-        dratio_O = column_dots(dy_NO, v_NO) / ratio_O if needs_ratio else None
-        return dx_NI, dy_NO.sum(0) if needs_bias else None, dA_RI, dB_OR, dratio_O, None
-
-
-def folded_dora(x_NI: Tensor, one: Projection, ratio_O: Tensor) -> Tensor:
-    """Apply a frozen layer, its weight stored in whatever, and its update, the ratio multiplied into both.
-
-    Equals, and is tested against, `ops.reference.dora_linear`:
-
-        out = ratio * (x @ W.T + scaling * dropped(x) @ A.T @ B.T) + bias
-
-    Args:
-        x_NI: Input.
-        one: The layer, with factors.
-        ratio_O: `magnitude_ratio`, none of them zero (`is_far_from_zero`).
-
-    Returns:
-        Tensor (N, O), dtype of `x`. Differentiable once.
-
-    Cost:
-        As `ops.projections.project`, a pass over the weight each way, and one over (N, O) for the magnitude's gradient.
-        Kept for backward: the input, and the output without its bias.
-
-    Example:
-        >>> weight = FrozenWeight(torch.Size([4, 3]), torch.ones(4, 3))
-        >>> one = Projection(weight, None, (torch.ones(1, 3), torch.zeros(4, 1)), scaling=0.5)
-        >>> folded_dora(torch.ones(2, 3), one, torch.full((4,), 2.0))[0].tolist()
-        [6.0, 6.0, 6.0, 6.0]
-
-    Source:
-        Liu et al. 2024, arXiv:2402.09353, section 4.3 (the norm is a constant for the gradient).
-    """
-    assert one.factors is not None
-    alone = replace(one, bias=None, factors=None)  # what autograd does not have to see
-    wide = torch.promote_types(x_NI.dtype, torch.float32)
-    return _FoldedDoRA.apply(x_NI, one.bias, *one.factors, ratio_O.to(wide), alone)
-
-
 class _DoRALinear(torch.autograd.Function):
     """Saves the input, `x Aᵀ` where it was formed, and the output without bias, before the ratio; see `dora_linear`."""
 
@@ -220,7 +115,7 @@ class _DoRALinear(torch.autograd.Function):
         ratio_O: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         z_NR = None
-        if _merging_pays(x_NI.shape[0], W_OI):
+        if merging_pays(x_NI.shape[0], W_OI.shape, W_OI.dtype, IN_PASSING):
             u_NO = product(x_NI, merged_weight(W_OI, A_RI, B_OR, scaling))
         else:
             z_NR = product(x_NI, A_RI)
@@ -276,8 +171,8 @@ def dora_linear(
         Tensor (N, O), dtype of `x`. Differentiable once.
 
     Cost:
-        As `ops.lora.lora_linear`; where rows are many on a CPU, one pass over (N, O) more, for the magnitude's
-        gradient, and what is kept for it is the output itself, but for the bias. Else three, and an (N, O) tensor.
+        As `ops.lora.lora_linear`, three passes over (N, O), and a tensor of that size kept for the ratio's gradient. A
+        frozen layer of many rows is quicker by `ops.projections.project`, which takes a ratio too.
 
     Example:
         >>> x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.zeros(4, 1)
@@ -293,7 +188,4 @@ def dora_linear(
         out_NO = ratio_O.to(out_NO.dtype) * out_NO
         return out_NO if bias_O is None else out_NO + bias_O.to(out_NO.dtype)
     ratio_O = ratio_O.to(x_NI.dtype)
-    if folds(x_NI.shape[0], W_OI, ratio_O):
-        frozen = Projection(FrozenWeight(W_OI.shape, W_OI), bias_O, (A_RI, B_OR), scaling)
-        return folded_dora(x_NI, frozen, ratio_O)
     return _DoRALinear.apply(x_NI, W_OI, bias_O, A_RI, B_OR, scaling, ratio_O)[0]
