@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from veneer.adapter import LowRank
+from veneer.config import LoRAConfig
+from veneer.nn.attach import attach
 from veneer.nn.linear import LoRALinear, frozen_projection, plain_forward
 from veneer.nn.routing import Routing
 from veneer.nn.slots import Slot
@@ -16,6 +18,7 @@ from veneer.ops.gates import ACTIVATIONS
 from veneer.ops.projections import gated_projection, project
 from veneer.storage.int8 import quantise_int8
 from veneer.storage.nf4 import quantise_nf4
+from veneer.storage.quantise import quantise_model
 
 ROWS, INPUTS, OUTPUTS, RANK = 2048, 96, 128, 4
 
@@ -137,3 +140,23 @@ def test_with_b_zero_16_bits_are_the_bases_bit_for_bit(way, storage, with_bias):
     layer = adapted(stored_base(storage, with_bias, torch.bfloat16), 0.0, torch.bfloat16, share=0.0)
     x = drawn(ROWS, INPUTS)
     assert torch.equal(WAYS[way](layer, x), copy.deepcopy(layer.base)(x))
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"dropout": 0.5}, {"use_dora": True, "dropout": 0.5}])
+@pytest.mark.parametrize("rows", [1, 600])
+def test_what_stands_behind_may_write_into_the_output(rows, settings, storage, with_bias):
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 20, bias=with_bias), nn.ReLU(inplace)).requires_grad_(False)
+        if storage != "plain":
+            quantise_model(model, storage)
+        attachment = attach(model.train(), LoRAConfig(rank=2, target_modules=["0"], **settings))
+        with torch.no_grad():
+            attachment.slot(attachment.targets[0]).lora_B.normal_()
+        x = torch.randn(rows, 24, requires_grad=True)
+        model(x).square().sum().backward()
+        found.append([x.grad, *(one.grad for one in attachment.parameters().values())])
+    torch.testing.assert_close(found[0], found[1])

@@ -137,15 +137,15 @@ class LoRALinear(LoRALayer):
         if slot_index is None:
             return self.base(x_NI)
         slot = self.slot(slot_index)
-        A, B = slot.factors(x_NI.dtype)
         if slot.magnitude is not None:
-            return self._with_magnitude(x_NI, slot, A, B)
+            return self._with_magnitude(x_NI, slot)
         W_OI = plain_weight(self.base)
         if W_OI is not None and not self.dropping(slot):
-            return lora_linear(x_NI, W_OI, self.bias, A, B, slot.scaling)
+            return lora_linear(x_NI, W_OI, self.bias, *slot.factors(x_NI.dtype), slot.scaling)
         frozen = self._frozen(x_NI, slot)
         if frozen is not None:
             return project(x_NI, [frozen])[0]
+        A, B = slot.factors(x_NI.dtype)
         if self.dropping(slot):
             return self._onto(self._delta(x_NI, slot, A, B), x_NI)
         return add_lora(self.base(x_NI), x_NI, A, B, slot.scaling)
@@ -184,14 +184,17 @@ class LoRALinear(LoRALayer):
             return self._segment(x_NI, slot_index)
         return self._onto(self._delta(x_NI, slot, *slot.factors(x_NI.dtype)), x_NI)
 
-    def _with_magnitude(self, x_NI: Tensor, slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+    def _with_magnitude(self, x_NI: Tensor, slot: Slot) -> Tensor:
         bias, W_OI = self.bias, plain_weight(self.base)
         plain = W_OI is not None and not self.dropping(slot)
         # Few rows: a pass over the outputs is cheaper than one over the weight.
         if not plain or merging_pays(len(x_NI), W_OI.shape, W_OI.dtype, IN_PASSING):  # type: ignore[union-attr]
             frozen = self._frozen(x_NI, slot)
             if frozen is not None:
-                return project(x_NI, [frozen])[0]
+                (out,) = project(x_NI, [frozen])
+                # Without a bias backward reads the output itself, and what stands behind may write into it.
+                return out.clone() if bias is None and out.requires_grad else out
+        A, B = slot.factors(x_NI.dtype)
         with torch.no_grad():
             if W_OI is not None:
                 projected_OR = F.linear(W_OI, A)
