@@ -207,10 +207,10 @@ def apply_transposed(
 
 def _add_update(plus_NI: Tensor | None, update: Update, dz_NR: Tensor) -> Tensor:
     """Return `dz A + plus`, with dropout of the inputs that were left."""
-    if update.kept_NI is None and plus_NI is not None:
-        return plus_NI.addmm_(dz_NR, update.A_RI)
-    part_NI = update.inputs(product(dz_NR, update.A_RI.T))
-    return part_NI if plus_NI is None else plus_NI.add_(part_NI)
+    if update.kept_NI is None:
+        return product(dz_NR, update.A_RI.T) if plus_NI is None else plus_NI.addmm_(dz_NR, update.A_RI)
+    part_NI = product(dz_NR, update.A_RI.T)
+    return part_NI.mul_(update.kept_NI) if plus_NI is None else plus_NI.addcmul_(part_NI, update.kept_NI)
 
 
 def _ways(rows: Tensor, weight: FrozenWeight, update: Update | None) -> tuple[Update | None, Update | None]:
