@@ -186,9 +186,9 @@ class LoRALinear(LoRALayer):
 
     def _with_magnitude(self, x_NI: Tensor, slot: Slot) -> Tensor:
         bias, W_OI = self.bias, plain_weight(self.base)
-        plain = W_OI is not None and not self.dropping(slot)
-        # Few rows: a pass over the outputs is cheaper than one over the weight.
-        if not plain or merging_pays(len(x_NI), W_OI.shape, W_OI.dtype, IN_PASSING):  # type: ignore[union-attr]
+        dropping = self.dropping(slot)
+        # With few rows a pass over the outputs is cheaper than one over a plain weight.
+        if W_OI is None or dropping or merging_pays(len(x_NI), W_OI.shape, W_OI.dtype, IN_PASSING):
             frozen = self._frozen(x_NI, slot)
             if frozen is not None:
                 (out,) = project(x_NI, [frozen])
@@ -202,7 +202,7 @@ class LoRALinear(LoRALayer):
                 # W Aᵀ is what the base makes of A's rows, whatever its weight is stored in.
                 projected_OR = (self.base(A) - bias).T if bias is not None else self.base(A).T
         ratio_O = _ratio(slot, projected_OR, A, B)
-        if W_OI is not None and plain:
+        if W_OI is not None and not dropping:
             return dora_linear(x_NI, W_OI, bias, A, B, slot.scaling, ratio_O)
         out = self.base(x_NI)
         if bias is not None:

@@ -290,7 +290,7 @@ def gated_projection(
 
     Equals, and is tested against, the same made of torch's activation and `ops.reference.lora_linear`:
 
-        h = activation(gate) * up; out = h @ W.T + bias + scaling * h @ A.T @ B.T
+        h = activation(gate) * up; out = ratio * (h @ W.T + scaling * dropped(h) @ A.T @ B.T) + bias
 
     Args:
         gate_NF: What the activation takes.
@@ -304,7 +304,7 @@ def gated_projection(
 
     Cost:
         As `lora_linear`, and two passes over (N, F) forward, five backward. Kept for backward: gate and up; the
-        product of both is computed again.
+        product of both is computed again. Dropout and a ratio cost what they cost in `project`.
 
     Example:
         >>> from veneer.ops.gates import ACTIVATIONS
