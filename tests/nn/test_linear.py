@@ -8,6 +8,7 @@ from torch import nn
 
 from veneer.adapter import LowRank
 from veneer.config import LoRAConfig
+from veneer.nn import linear
 from veneer.nn.attach import attach
 from veneer.nn.linear import LoRALinear, frozen_projection, plain_forward
 from veneer.nn.routing import Routing
@@ -160,3 +161,18 @@ def test_what_stands_behind_may_write_into_the_output(rows, settings, storage, w
         model(x).square().sum().backward()
         found.append([x.grad, *(one.grad for one in attachment.parameters().values())])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_where_zeros_are_not_told_the_norm_is_taken_once(storage, monkeypatch):
+    """As on a GPU, which would have to be waited for: neither the weight nor dropout's numbers are taken in vain."""
+    base = stored_base(storage, True, torch.float32)
+    layer = LoRALinear(base, Routing())
+    pair = LowRank(drawn(RANK, INPUTS).float(), drawn(OUTPUTS, RANK).float(), 0.5, magnitude=torch.ones(OUTPUTS))
+    slot = Slot(pair, dropout=0.5)
+    slot.weight_norm2 = torch.ones(OUTPUTS, dtype=torch.float64)
+    layer.put({"": slot})
+    monkeypatch.setattr(linear, "tells_zeros", lambda _: False)
+    for name in ("weight_product", "draw_dropout"):
+        monkeypatch.setattr(linear, name, lambda *_: pytest.fail("computed in vain"))
+    assert layer.train()(drawn(ROWS, INPUTS).float()).shape == (ROWS, OUTPUTS)

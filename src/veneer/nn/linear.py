@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
-from veneer.ops.dora import dora_linear, is_far_from_zero, magnitude_ratio, product_norm
+from veneer.ops.dora import dora_linear, is_far_from_zero, magnitude_ratio, product_norm, tells_zeros
 from veneer.ops.dropout import draw_dropout
 from veneer.ops.frozen import FrozenWeight, weight_product
 from veneer.ops.lora import add_lora, autocasting, linear_onto, lora_linear
@@ -155,16 +155,19 @@ class LoRALinear(LoRALayer):
         dropping = self.dropping(slot)
         if dropping and len(slot.parts or ()) > 1:  # each part drops inputs of its own
             return None
+        if slot.magnitude is not None and not tells_zeros(x_NI.device):  # asked first: the ratio takes all of W
+            return None
         found = frozen_projection(self.base, x_NI, slot)
         if found is None or found.factors is None:
             return None
-        dropout = draw_dropout(slot.dropout) if dropping else None
-        if slot.magnitude is None:
-            return replace(found, dropout=dropout)
-        with torch.no_grad():
-            projected_OR = weight_product(found.weight, found.factors[0])
-        ratio_O = _ratio(slot, projected_OR, *found.factors)
-        return replace(found, dropout=dropout, ratio=ratio_O) if is_far_from_zero(ratio_O) else None
+        ratio_O = None
+        if slot.magnitude is not None:
+            with torch.no_grad():
+                projected_OR = weight_product(found.weight, found.factors[0])
+            ratio_O = _ratio(slot, projected_OR, *found.factors)
+            if not is_far_from_zero(ratio_O):
+                return None
+        return replace(found, dropout=draw_dropout(slot.dropout) if dropping else None, ratio=ratio_O)
 
     def _frozen(self, x_NI: Tensor, slot: Slot) -> Projection | None:
         """Return `projection` where autocast casts nothing and no compiler need look into what decodes a weight."""

@@ -73,18 +73,24 @@ def magnitude_ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
     return magnitude_O / torch.where(norm_O > 0, norm_O, torch.inf)
 
 
-def is_far_from_zero(ratio_O: Tensor) -> bool:
-    """Tell whether one can divide by all ratios, where that can be told.
+def tells_zeros(device: torch.device) -> bool:
+    """Tell whether `is_far_from_zero` is asked there: a GPU would have to be waited for, and a compiler to stop.
 
-    A GPU would have to be waited for, and a compiler to stop: of them it is not asked.
+    Example:
+        >>> tells_zeros(torch.device("cpu")), tells_zeros(torch.device("meta"))
+        (True, False)
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_far_from_zero(ratio_O: Tensor) -> bool:
+    """Tell whether one can divide by all ratios, where that can be told; else no.
 
     Example:
         >>> is_far_from_zero(torch.tensor([1.0, 2.0])), is_far_from_zero(torch.tensor([1.0, 0.0]))
         (True, False)
     """
-    if ratio_O.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return float(ratio_O.detach().abs().min()) > _LEAST_RATIO
+    return tells_zeros(ratio_O.device) and float(ratio_O.detach().abs().min()) > _LEAST_RATIO
 
 
 def column_dots(a_NO: Tensor, b_NO: Tensor) -> Tensor:
