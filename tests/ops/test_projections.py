@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from veneer.ops import reference
@@ -15,6 +17,7 @@ from veneer.ops.projections import Projection, gated_projection, project
 
 SCALING = 0.7
 TRAINED = ("A", "B", "ratio")
+SIZES = st.integers(1, 7)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -176,3 +179,48 @@ def test_little_is_kept(dropout):
         down = {**layers(6, [(5, 2)], torch.float64)[0], "dropout": dropout}
         gated_projection(gate, up, ACTIVATIONS["silu"], fused(down, None))
     assert [one.data_ptr() for one in saved if one.shape[0] == 64] == [gate.data_ptr(), up.data_ptr()]
+
+
+@given(st.integers(1, 40), SIZES, SIZES, SIZES, st.integers(0, 7), st.booleans(), st.booleans(), st.integers(0, 50))
+def test_a_frozen_weight_equals_the_reference_with_gradients(rows, inputs, outputs, rank, size, with_bias, drops, seed):
+    """Dense or in panels, merged or beside the weight, which the number of rows and dropout decide."""
+    W, weights = draw(outputs, inputs, seed=seed), draw(rows, outputs, seed=seed + 1)
+    shapes = (rows, inputs), (rank, inputs), (outputs, rank), (outputs,)
+    x, A, B, ratio = (draw(*shape, seed=seed + 2 + n).requires_grad_() for n, shape in enumerate(shapes))
+    ratio.data = ratio.data.sign() * (0.1 + ratio.data.abs())
+    chosen = draw(outputs, seed=seed + 6) if with_bias else None
+    weight = frozen(W, size or None)
+    grads = []
+    dropout = Dropout(20_000, seed) if drops else None
+    left = x if dropout is None else x * dropout.kept(x) * dropout.factor
+    expected = ratio * (x @ W.T + reference.lora_delta(left, A, B, 0.7))
+    for out in (
+        *project(x, [Projection(weight, chosen, (A, B), 0.7, dropout, ratio)]),
+        expected if chosen is None else expected + chosen,
+    ):
+        grads.append([out.detach(), *torch.autograd.grad((out * weights).sum(), [x, A, B, ratio])])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_weight_in_panels_in_sixteen_bits():
+    W, x, A, B, ratio = draw(48, 64), draw(30, 64), draw(4, 64), draw(48, 4), draw(48)
+    ratio = 1 + ratio / 8
+    expected = reference.dora_linear(x, W, None, A, B, 0.7, ratio)
+    one = Projection(frozen(W.bfloat16(), 20), None, (A.bfloat16(), B.bfloat16()), 0.7, ratio=ratio)
+    (got,) = project(x.bfloat16(), [one])
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_in_sixteen_bits_a_ratio_within_half_a_digit_of_one_counts():
+    """Of decoded weights, whose digits are as good as random."""
+    W, x, A = draw(64, 256), draw(200, 256), draw(1, 256)
+    factors, once = (A.bfloat16(), torch.zeros(64, 1).bfloat16()), torch.ones(64)
+    found = [
+        project(x.bfloat16(), [Projection(frozen(W, 20), None, factors, ratio=ratio)])[0].double()
+        for ratio in (once, once + 1e-3)
+    ]
+    expected = 1e-3 * (x.bfloat16().double() @ W.T)
+    slope = ((found[1] - found[0]) * expected).sum() / expected.square().sum()
+    assert 0.8 < slope < 1.2

@@ -255,9 +255,8 @@ def _attention_by_runs(
     outputs = []
     for run in runs_of(spans_of(lengths, prefixes)):
         count, length, before = len(run.rows), run.lengths[0], run.before_length
-        rows = slice(run.rows[0].start, run.rows[-1].stop)
         q_GHSE, k_GHSE, v_GHSE = (
-            part.squeeze(0)[:, rows].unflatten(1, (count, length)).transpose(0, 1)
+            part.squeeze(0)[:, run.extent].unflatten(1, (count, length)).transpose(0, 1)
             for part in (query_1HTE, key_1HTE, value_1HTE)
         )
         if run.before is not None:

@@ -134,7 +134,7 @@ def _kernel_backward(
 
 def _heads_first(x_THE: Tensor, run: Bucket, *, zeros: bool = False) -> Tensor:
     """Return a run's rows behind those of its prefix, or behind zeros, shape (G, H, L, E)."""
-    own_GSHE = x_THE[run.rows[0].start : run.rows[-1].stop].unflatten(0, (len(run.rows), -1))
+    own_GSHE = x_THE[run.extent].unflatten(0, (len(run.rows), -1))
     if run.before is not None:
         before_PHE = x_THE[run.before]
         before_PHE = torch.zeros_like(before_PHE) if zeros else before_PHE

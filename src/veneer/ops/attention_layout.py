@@ -63,10 +63,15 @@ class Bucket(NamedTuple):
         return _size(self.before)
 
     @property
+    def extent(self) -> slice:
+        """From the first row of its first sequence to the last of its last."""
+        return slice(self.rows[0].start, self.rows[-1].stop)
+
+    @property
     def run(self) -> slice | None:
         """The rows of all where they follow each other and are of one length: nothing is padded then."""
         follow = all(one.stop == other.start for one, other in pairwise(self.rows))
-        return slice(self.rows[0].start, self.rows[-1].stop) if follow and len(set(self.lengths)) == 1 else None
+        return self.extent if follow and len(set(self.lengths)) == 1 else None
 
 
 def spans_of(lengths: Sequence[int], prefixes: Sequence[int | None] | None = None) -> list[Span]:
