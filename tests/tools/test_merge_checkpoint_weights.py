@@ -9,7 +9,7 @@ from torch import nn
 from veneer.adapter import LowRank
 from veneer.errors import AdapterError
 from veneer.tools import merge_checkpoint_weights as module
-from veneer.tools.merge_checkpoint_weights import _target, _unlike, add_update, converted, plan_update, workers
+from veneer.tools.merge_checkpoint_weights import _target, add_update, converted, plan_update, workers
 from veneer.tools.merge_weights import merge_weight, round_once
 
 SHAPES = {  # form: shapes of A, B and of the weight
@@ -188,19 +188,6 @@ def test_a_piece_is_whole_until_the_call_after_the_next(monkeypatch):
     assert first.data_ptr() != second.data_ptr()
 
 
-def test_most_of_a_weight_like_others_is_decided_in_float32(monkeypatch):
-    def exact(values, dtype):
-        again.append(values.numel())
-        return round_once(values, dtype)
-
-    again: list[int] = []
-    monkeypatch.setattr(module, "round_once", exact)
-    W = (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    pair = LowRank(torch.randn(16, 512) / 512**0.5, torch.randn(512, 16) * 0.01, 2.0)
-    add_update(W, W.clone(), pair, "x")
-    assert 0 < sum(again) < 0.02 * W.numel()
-
-
 def test_an_update_of_zero_leaves_every_bit():
     W = torch.randn(5, 7).bfloat16()
     out, _, found, _ = both(W, W.dtype, LowRank(torch.zeros(2, 7), torch.zeros(5, 2), 1.0))
@@ -208,16 +195,9 @@ def test_an_update_of_zero_leaves_every_bit():
     assert found.largest == 0
 
 
-def test_a_magnitude_and_lower_precision_of_products_go_the_exact_way():
+def test_a_magnitude_goes_the_exact_way():
     W, A, B = torch.randn(6, 8).bfloat16(), torch.randn(2, 8), torch.randn(6, 2)
     out, expected, _, _ = both(W, W.dtype, LowRank(A, B, 1.0, magnitude=torch.rand(6)))
-    assert torch.equal(out, expected)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        out, expected, _, _ = both(W, W.dtype, LowRank(A, B, 1.0))
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert torch.equal(out, expected)
 
 
@@ -232,14 +212,6 @@ def test_what_a_look_at_some_of_it_finds_is_near_what_all_of_it_gives(monkeypatc
     assert found.relative == pytest.approx(change.relative, rel=near)
     assert found.largest == pytest.approx(change.largest, rel=max(near, 0.6 * (sampled > 1)))
     assert found.largest <= change.largest * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("columns", [3, 4, 8])
-def test_numbers_that_differ_are_found(columns):
-    low = torch.zeros(5, columns, dtype=torch.bfloat16)
-    high = low.clone()
-    high[1, 2], high[4, 0] = 1, 2
-    assert _unlike(low, high).tolist() == [columns + 2, 4 * columns]
 
 
 def test_conversion_rounds_once_and_refuses_what_does_not_fit():

@@ -1,6 +1,6 @@
-"""The arithmetic of a merge on files: float64's result, most of it computed in float32 and proved to be the same.
+"""The arithmetic of a merge on files, a piece of a weight at a time: float64's result, rounded once.
 
-Shapes: O out, I in, R rank, M matrices of a weight, P some of its rows, N elements that are computed again.
+Shapes: O out, I in, R rank, M matrices of a weight, P some of its rows.
 """
 
 import math
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +17,13 @@ from veneer.errors import AdapterError
 from veneer.factors import as_matrices
 from veneer.nn.kinds import KINDS
 from veneer.nn.targets import Target
+from veneer.ops.native import add_low_rank
 from veneer.tools.merge_weights import CHUNK, Change, merge_weight, require_finite, round_once
 
 SAMPLED = 8
 """One of so many pieces, and of its rows one of half as many, is looked at for the figures of a `Change`."""
 PIECE = 1 << 20
 """How many weights are taken at a time: with fewer, two threads wait for Python longer than for memory (measured)."""
-_UNIT = 2.0**-24
-_TINY = 2.0**-112
-"""What underflow can do to a sum of 4,096 products, to none of whose factors more than 2⁻¹²⁶ happens."""
-_MAX_RANK = 4096
 _SWAPPED = ("transposed", "embedding")
 
 
@@ -80,8 +76,8 @@ def plan_update(
 ) -> "Update | None":
     """Return what adds an update to a weight a few rows at a time, or None where that cannot be.
 
-    It cannot for float32 and float64 results, magnitudes and transposed convolutions, nor where products of float32
-    are allowed to be less than that; an update of zero leaves every bit. `add_update` does those as well.
+    It cannot for float32 and float64 results, magnitudes and transposed convolutions; an update of zero leaves every
+    bit. `add_update` does those as well.
 
     Args:
         shape: The weight's.
@@ -92,8 +88,7 @@ def plan_update(
         swapped: Whether stacked experts are stored (E, I, O).
     """
     narrow = dtype in (torch.bfloat16, torch.float16) and stored != torch.float64
-    provable = narrow and torch.get_float32_matmul_precision() == "highest" and pair.rank <= _MAX_RANK
-    if not provable or pair.magnitude is not None or pair.form == "conv_transpose" or not math.prod(shape):
+    if not narrow or pair.magnitude is not None or pair.form == "conv_transpose" or not math.prod(shape):
         return None
     if not (pair.lora_A.any() and pair.lora_B.any()):
         return None
@@ -105,20 +100,14 @@ def plan_update(
 
 @dataclass(frozen=True)
 class _Matrix:
-    """The factors of a part of a weight that is a plain product, in both precisions.
+    """The factors of a part of a weight that is a plain product, in float64, and the squared norm of what they add.
 
-    In float32 `B` holds the scaling and a last column for the bounds of its rows, which a row of ones in `A` adds; in
-    float64 the scaling is applied to the product, as `merge_weight` does: beside a tie the order of two roundings
-    decides. No sum of products is longer than `longest`, nor errs in its row by more than `bound`.
+    The scaling is applied to the product, as `merge_weight` does: beside a tie the order of two roundings decides.
     """
 
-    A_SI: Tensor
-    B_OS: Tensor
-    exact_A_IR: Tensor
-    exact_B_OR: Tensor
+    A_RI: Tensor
+    B_OR: Tensor
     scaling: float
-    bound_O: Tensor
-    longest: float
     update2: float
 
 
@@ -138,9 +127,6 @@ class _Sums:
 class Update:
     """Adds an update to a weight, a piece at a time: float64's result, rounded once to 16 bits.
 
-    Most of it is computed in float32 with a bound of the error: where both ends of what the sum can be round to the
-    same number, that is the one that float64 gives; the others, some thousandths, are computed in float64.
-
     Args:
         path: What errors call it.
         dtype: What is written.
@@ -150,15 +136,15 @@ class Update:
         rows: How many rows each matrix has.
 
     Cost:
-        2·O·I·R operations, and eight passes over what a core's cache holds. Of the factors, those of one matrix are
-        held in both precisions.
+        2·O·I·R operations in float64, one pass over the weights with the kernels in C (`ops.native`), six times as long
+        without. The factors of one matrix are held in float64.
     """
 
     def __init__(self, path: str, dtype: torch.dtype, A_MRI: Tensor, B_MOR: Tensor, scaling: float, rows: int) -> None:
         self._path, self._dtype, self._scaling, self._rows = path, dtype, scaling, rows
         self._A_MRI, self._B_MOR, self._columns = A_MRI, B_MOR, A_MRI.shape[2]
         self._current: tuple[int, _Matrix] | None = None
-        self._room: _Room | None = None
+        self._outs: tuple[Tensor, Tensor] | None = None
         self._turn, self._update2, self._seen = 0, 0.0, list[_Sums]()
 
     @property
@@ -177,15 +163,16 @@ class Update:
             AdapterError: If a merged value is not finite, or leaves the range of the dtype.
         """
         W_PI = piece.view(-1, self._columns)
-        self._room = room = self._room or _Room.of(len(W_PI), self._columns, self._dtype)
+        if self._outs is None:  # used again and again: fresh memory costs more than a pass over it
+            self._outs = (torch.empty_like(W_PI, dtype=self._dtype), torch.empty_like(W_PI, dtype=self._dtype))
         self._turn += 1
-        out_PI = room.outs[self._turn % 2][: len(W_PI)]
+        out_PI = self._outs[self._turn % 2][: len(W_PI)]
         first, done = start // self._columns, 0
         while done < len(W_PI):  # in one matrix after another
             number, row = divmod(first + done, self._rows)
             count = min(len(W_PI) - done, self._rows - row)
             matrix, rows, part = self._matrix(number), slice(row, row + count), slice(done, done + count)
-            _add_rows(matrix, rows, W_PI[part], out_PI[part], room, self._path)
+            _add_rows(matrix, rows, W_PI[part], out_PI[part], self._path)
             if row == 0 or self._turn % SAMPLED == 0:
                 self._seen.append(_look(matrix, rows, W_PI[part], out_PI[part]))
             done += count
@@ -193,7 +180,7 @@ class Update:
 
     def change(self) -> Change:
         """Return what was changed, once every piece is: by the rows that were looked at, but for the update's norm."""
-        self._current = self._room = None
+        self._current = self._outs = None
         if not self._update2:
             return Change()
         seen, size = self._seen, self._A_MRI.shape[0] * self._rows * self._columns
@@ -213,92 +200,33 @@ class Update:
         return self._current[1]
 
 
-@dataclass(frozen=True)
-class _Room:
-    """Memory that is used again and again: fresh memory costs more than a pass over it."""
-
-    x_PI: Tensor
-    d_PI: Tensor
-    low_PI: Tensor
-    outs: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, rows: int, columns: int, dtype: torch.dtype) -> "_Room":
-        wide, sums, *narrow = (torch.empty(rows, columns, dtype=one) for one in (torch.float32,) * 2 + (dtype,) * 3)
-        return cls(wide, sums, narrow[0], (narrow[1], narrow[2]))
-
-
 def _matrix(A_RI: Tensor, B_OR: Tensor, scaling: float) -> _Matrix:
-    A, B = A_RI.double(), B_OR.double()
+    A, B = A_RI.double().contiguous(), B_OR.double().contiguous()
     update2 = scaling**2 * ((B.T @ B) * (A @ A.T)).sum().item()  # ‖s B A‖² by the small Gram matrices
-    scaled, reach = (scaling * B).float(), torch.linalg.vector_norm(A, dim=0).max().float()
-    norm_O = torch.linalg.vector_norm(scaled, dim=1)
-    longest_O = norm_O * reach
-    # The factors rounded, the product's sums, and the bound itself, which is added with them.
-    bound_O = _UNIT * (A.shape[0] + 9) * longest_O + _TINY * (1 + reach + norm_O)
-    return _Matrix(
-        A_SI=torch.cat([A.float(), torch.ones(1, A.shape[1])]),
-        B_OS=torch.cat([scaled, bound_O[:, None]], 1),
-        exact_A_IR=A.T.contiguous(),
-        exact_B_OR=B,
-        scaling=scaling,
-        bound_O=bound_O,
-        longest=(longest_O + bound_O).max().item(),
-        update2=max(0.0, update2),
-    )
+    return _Matrix(A, B, scaling, max(0.0, update2))
 
 
-def _add_rows(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, room: _Room, path: str) -> None:
-    """Write some rows with their update: in float32, and in float64 what that does not decide."""
-    near = _add_narrow(matrix, rows, W_PI, out_PI, room)
-    if near is None or 4 * len(near) > out_PI.numel():
-        exact = W_PI.double() + matrix.scaling * (matrix.exact_B_OR[rows] @ matrix.exact_A_IR.T)
-        out_PI.copy_(round_once(exact, out_PI.dtype))
-        require_finite(exact, out_PI, path)
+def _add_rows(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, path: str) -> None:
+    """Write some rows with their update."""
+    A_RI, B_PR = matrix.A_RI, matrix.B_OR[rows]
+    if add_low_rank(W_PI, A_RI, B_PR, matrix.scaling, out_PI):
         return
-    near_N = torch.from_numpy(near)
-    B_NR = matrix.exact_B_OR[rows].index_select(0, near_N // W_PI.shape[1])
-    A_NR = matrix.exact_A_IR.index_select(0, near_N % W_PI.shape[1])
-    exact_N = W_PI.view(-1)[near_N].double() + matrix.scaling * A_NR.mul_(B_NR).sum(1)
-    out_PI.view(-1)[near_N] = round_once(exact_N, out_PI.dtype)
-
-
-def _add_narrow(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, room: _Room) -> "np.ndarray | None":
-    """Write some rows with their update; return the places that float32 does not decide.
-
-    None, and nothing is written, where values may leave the range of the result, or are not finite.
-    """
-    x_PI, d_PI, low_PI, B_PS = (*(one[: len(W_PI)] for one in (room.x_PI, room.d_PI, room.low_PI)), matrix.B_OS[rows])
-    low, high = torch.aminmax(x_PI.copy_(W_PI))
-    widest = max(-low.item(), high.item())
-    if not widest * (1 + 2.0**-20) + matrix.longest < torch.finfo(out_PI.dtype).max * (1 - 2.0**-7):  # nor with NaN
-        return None
-    # To a row's bound comes what this sum may err by, and what is taken off below. With the bound added no value lies
-    # below the exact sum, nor above it by more than twice the bound.
-    bound_P = torch.add(matrix.bound_O[rows], 4 * _UNIT * widest, out=B_PS[:, -1])
-    x_PI += torch.mm(B_PS, matrix.A_SI, out=d_PI)
-    out_PI.copy_(x_PI)
-    low_PI.copy_(x_PI.sub_(bound_P[:, None], alpha=2))
-    return _unlike(low_PI, out_PI)
+    exact_PI = W_PI.double() + matrix.scaling * (B_PR @ A_RI)
+    out_PI.copy_(round_once(exact_PI, out_PI.dtype))
+    require_finite(exact_PI, out_PI, path)
 
 
 def _look(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor) -> _Sums:
     """Look at some of the rows: how much there is, changed and lost."""
     each = max(1, SAMPLED // 2)
     W_QI, out_QI = W_PI[::each], out_PI[::each]
-    before, update = W_QI.float(), matrix.B_OS[rows][::each, :-1] @ matrix.A_SI[:-1]
+    before, update = W_QI.float(), matrix.scaling * (matrix.B_OR[rows][::each].float() @ matrix.A_RI.float())
     touched, (low, high) = update != 0, torch.aminmax(update)
     weight2, update2, error2 = (
         torch.linalg.vector_norm(one).item() ** 2 for one in (before, update, out_QI.float() - before - update)
     )
     unchanged = int((touched & (out_QI == W_QI)).sum())
     return _Sums(W_QI.numel(), weight2, max(-low.item(), high.item()), error2, update2, unchanged, int(touched.sum()))
-
-
-def _unlike(low_PI: Tensor, high_PI: Tensor) -> "np.ndarray":
-    """Return the places of the 16-bit numbers whose bits differ, were both flat; numpy's is a third of torch's time."""
-    low, high = (one.view(torch.int16).numpy().reshape(-1) for one in (low_PI, high_PI))
-    return np.flatnonzero(low != high)
 
 
 def _target(path: str, pair: LowRank) -> Target:

@@ -1,0 +1,22 @@
+"""What pyproject.toml cannot say: the kernels in C, which are compiled where a compiler is and done without elsewhere."""
+
+import hashlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCE = "src/veneer/ops/kernels.c"
+digest = hashlib.sha256(Path(SOURCE).read_bytes()).hexdigest()
+
+setup(
+    ext_modules=[
+        Extension(
+            "veneer.ops.kernels",
+            [SOURCE],
+            define_macros=[("SOURCE", f'"{digest}"')],
+            # Functions of OpenMP are left open: they are found in the one that torch has loaded.
+            extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
+            optional=True,
+        )
+    ]
+)
