@@ -1,16 +1,14 @@
 """Reading checkpoints tensor by tensor."""
 
-import errno
 import json
-import os
 import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from veneer.errors import AdapterError, BaseModelError, DamagedArtefactError
-from veneer.files.filesystem import REAL, FileSystem
+from veneer.errors import AdapterError, BaseModelError
+from veneer.files.filesystem import REAL
 from veneer.files.manifest import FileRecord
 from veneer.files.shards import (
     CONFIG,
@@ -21,7 +19,6 @@ from veneer.files.shards import (
     read_checkpoint,
     read_config,
     read_tensor,
-    write_pieces,
     write_shard,
 )
 from veneer.files.tensors import DTYPES, dump_tensors
@@ -195,73 +192,6 @@ def test_a_lane_computes_with_as_many_threads_as_who_asks(tmp_path):
         torch.set_num_threads(before)
     assert [count for count, _ in seen] == [1, 1]
     assert seen[0][1] == threading.get_ident() != seen[1][1]
-
-
-class Forgetful(FileSystem):
-    """Says that it wrote what it did not, or something else."""
-
-    def __init__(self, what):
-        self.what, self.calls = what, 0
-
-    def write(self, handle, data):
-        self.calls += 1
-        if self.calls != 3:
-            return super().write(handle, data)
-        if self.what == "nothing":
-            os.lseek(handle, len(data), os.SEEK_CUR)
-        elif self.what == "short":
-            super().write(handle, data[:-1])
-        elif self.what == "twice":
-            super().write(handle, data)
-            super().write(handle, data)
-        elif self.what == "elsewhere":
-            os.lseek(handle, 0, os.SEEK_SET)
-            super().write(handle, data)
-        else:
-            super().write(handle, memoryview(bytes([data[0] ^ 16]) + bytes(data[1:])))
-        return len(data)
-
-
-@pytest.mark.parametrize("what", ["nothing", "short", "twice", "elsewhere", "one bit"])
-@pytest.mark.parametrize("length", [100, 24])
-def test_what_the_disk_did_not_take_is_found_when_it_is_read_back(tmp_path, monkeypatch, what, length):
-    monkeypatch.setattr("veneer.files.shards.BLOCK", 24)
-    content = memoryview(bytes(range(1, length + 1)))
-    pieces = [content, content, content]
-    assert write_pieces(tmp_path / "right", pieces).bytes == 3 * length
-    with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
-        write_pieces(tmp_path / "wrong", pieces, fs=Forgetful(what))
-
-
-def test_memory_that_is_used_again_too_early_is_found(tmp_path):
-    data = bytearray(100)
-
-    class Late(FileSystem):
-        def write(self, handle, piece):
-            data[50] += 1  # as another thread would
-            return super().write(handle, piece)
-
-    with pytest.raises(DamagedArtefactError, match="does not give back"):
-        write_pieces(tmp_path / "x", [memoryview(data)], fs=Late())
-
-
-@pytest.mark.parametrize("lanes", [False, True])
-def test_a_disk_that_fails_while_it_takes_bytes_early_is_not_passed_over(tmp_path, monkeypatch, lanes):
-    """The system tells of a failed write once: what came of it early is not told again at the end."""
-
-    class Failing(FileSystem):
-        calls = 0
-
-        def flush(self, handle):
-            self.calls += 1
-            if self.calls == 2:
-                raise OSError(errno.EIO, "injected")
-
-    monkeypatch.setattr("veneer.files.shards.FLUSH", 10)
-    fs = Failing()
-    with pytest.raises(OSError, match="injected"):
-        write_pieces(tmp_path / "x", (memoryview(bytes(20)) for _ in range(2000)), lanes=lanes, fs=fs)
-    assert fs.calls == 2
 
 
 def test_a_base_that_is_cut_while_it_is_read_is_said_so(folder):

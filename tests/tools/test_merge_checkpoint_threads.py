@@ -91,6 +91,7 @@ def test_a_disk_that_is_full_in_any_thread_leaves_nothing(base, tmp_path, monkey
             return super().write(handle, data)
 
     monkeypatch.setattr(tool.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("veneer.files.pieces.ROOM", 300)
     with pytest.raises(OutputError, match="make room"):
         carry_out(Order(base, [(adapter(), 1.0)], tmp_path / "out"), Full())
     assert left(tmp_path) == []

@@ -278,7 +278,8 @@ def test_a_full_disk_is_told_before(made, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["kill", "kill in a write", "EIO", "EIO for ever", "ENOSPC", "short write"])
-def test_at_every_operation_the_file_is_there_whole_or_not_at_all(mode, made, tmp_path):
+def test_at_every_operation_the_file_is_there_whole_or_not_at_all(mode, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("veneer.files.pieces.ROOM", 16384)
     folder, like, _ = made("gpt2")
     export_gguf(folder, like, tmp_path / "whole.gguf")
     whole, failed, at, home = (tmp_path / "whole.gguf").read_bytes(), 0, 0, tmp_path / "home"

@@ -212,11 +212,15 @@ class FileSystem:
                 file.truncate(size)
             return mmap.mmap(file.fileno(), size)
 
+    def read_at(self, handle: int, start: int, into: memoryview) -> int:
+        """Fill memory with an open file's bytes from a place on, perhaps not all of it; return how many."""
+        return os.preadv(handle, [into], start)
+
     # Changes: each is one operation of the disk.
 
     def open_new(self, path: Path) -> int:
-        """Make an empty file that must not exist, and open it for writing."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        """Make an empty file that must not exist, and open it for writing and reading."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def open_again(self, path: Path) -> int:
         """Open a file that exists for writing, its content kept."""
@@ -238,13 +242,20 @@ class FileSystem:
         else:
             os.fsync(handle)
 
-    def flush(self, handle: int) -> None:
-        """Let the disk take now what was written to an open file so far, so that `fsync` has less to wait for.
+    def past_cache(self, handle: int, on: bool) -> bool:
+        """Let an open file's bytes go between memory and disk without the system's cache, or through it again.
 
-        It promises nothing, and what it raises `fsync` may not raise again: the system tells of a failed write once.
+        Returns:
+            Whether they now go past it; then places, lengths and addresses are multiples of the disk's blocks.
         """
-        if sys.platform == "linux":
-            os.fdatasync(handle)
+        if sys.platform != "linux":
+            return False
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+        except OSError:  # a file system that has no other way than its cache
+            return False
+        return on
 
     def close(self, handle: int) -> None:
         """Close what was opened."""

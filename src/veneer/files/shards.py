@@ -1,22 +1,22 @@
 """A checkpoint's safetensors files, read and written tensor by tensor: nothing is held but what is asked for."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, cycle, groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.errors import BaseModelError, DamagedArtefactError
+from veneer.errors import BaseModelError
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import FileRecord
+from veneer.files.pieces import BLOCK, OnBytes, ahead, blocks, write_pieces
 from veneer.files.strict_json import parse_json
 from veneer.files.tensors import DTYPE_NAMES, DTYPES, dump_header, header_length, parse_header
 from veneer.names import did_you_mean
@@ -25,19 +25,10 @@ INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "c
 _STEMS = ("model", "diffusion_pytorch_model")
 """How the weights of transformers are named, and those of diffusers' U-Nets and transformers."""
 MAX_INDEX = 64 << 20
-BLOCK = 1 << 20
-"""How many bytes are read, or hashed and written, at a time: a core's cache holds them meanwhile."""
 _ROOM = 4 << 20
 """How long a part may be that is read to where another one was."""
-FLUSH = 64 << 20
-"""After how many bytes the disk is asked to take them: it works while the next are made (measured: halves the wait)."""
 _METADATA = "__metadata__"
 _LENGTH = 8
-
-OnBytes = Callable[[int], None]
-"""Told how many bytes were written, as they are."""
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -216,7 +207,7 @@ def write_shard(
         OSError: If the disk refuses.
 
     Cost:
-        One pass over the bytes: read, hashed, edited, hashed, written; then they are read back. Files that are not read
+        One pass over the bytes: read, hashed, edited, hashed, written, read back. Files that are not read
         in their order are read twice. Memory: 4 MiB, three times that with lanes, or what an edit asks for at a time.
 
     Example:
@@ -237,7 +228,7 @@ def write_shard(
     parts = (part for name in order for part in _parts(checkpoint, name, edits.get(name)))
     with ExitStack() as stack:
         read = _read(checkpoint.folder, parts, seen if edits else None, lanes, fs)
-        made = _made(_ahead(read, stack) if lanes else read)
+        made = _made(ahead(read, stack) if lanes else read)
         pieces = chain([memoryview(header)], made)
         written = write_pieces(target, pieces, lanes=lanes, fs=fs, on_bytes=on_bytes)
     if not edits:
@@ -256,82 +247,8 @@ def copy_file(source: Path, target: Path, *, fs: FileSystem = REAL, on_bytes: On
         copy_file(Path("base/tokenizer.json"), Path("new/tokenizer.json"))
     """
     size = fs.size_of(source)
-    blocks = (memoryview(fs.read_range(source, at, min(BLOCK, size - at))) for at in range(0, size, BLOCK))
-    return write_pieces(target, blocks, lanes=False, fs=fs, on_bytes=on_bytes)
-
-
-def write_pieces(
-    target: Path,
-    pieces: Iterable[memoryview],
-    *,
-    lanes: bool = True,
-    fs: FileSystem = REAL,
-    on_bytes: OnBytes | None = None,
-) -> FileRecord:
-    """Write a new file of pieces, each hashed on its way, wait for the disk, and read it back.
-
-    Every byte is read back, from the system's cache as a rule: of each MiB a sum is compared, a quarter of the work of
-    a hash. That finds what was not written, or not there, or from memory that had changed since it was hashed; it does
-    not find two words of a MiB that changed places.
-
-    Args:
-        target: The new file; its folder exists.
-        pieces: What it is to hold.
-        lanes: Make the next piece in a thread of its own while one is hashed and written.
-        fs: Where it lies.
-        on_bytes: Told how many bytes were written, as they are; what it raises ends the writing.
-
-    Raises:
-        DamagedArtefactError: If the disk does not give back what was written to it.
-        OSError: If the disk refuses; what was written stays, for whoever made the folder to remove.
-    """
-    sha, size, sums = hashlib.sha256(), 0, list[tuple[int, int]]()
-    handle = fs.open_new(target)
-    try:
-        with ExitStack() as stack:
-            beside = stack.enter_context(ThreadPoolExecutor(1))
-            flushed, flush = 0, beside.submit(fs.flush, handle)
-            for piece in _ahead(iter(pieces), stack) if lanes else pieces:
-                for block in _blocks(piece):
-                    sha.update(block)
-                    sums.append((len(block), _sum(block)))
-                    while block:
-                        block = block[fs.write(handle, block) :]
-                size += len(piece)
-                if size - flushed >= FLUSH and flush.done():
-                    flush.result()  # a failure that it was told of may be told to nobody else
-                    flushed, flush = size, beside.submit(fs.flush, handle)
-                if on_bytes is not None:
-                    on_bytes(len(piece))
-            flush.result()
-            fs.fsync(handle)
-    finally:
-        fs.close(handle)
-    _read_back(target, size, sums, fs)
-    return FileRecord(size, sha.hexdigest())
-
-
-def _blocks(piece: memoryview) -> Iterator[memoryview]:
-    return (piece[at : at + BLOCK] for at in range(0, len(piece), BLOCK))
-
-
-def _sum(piece: memoryview) -> int:
-    """Return the sum of a piece's words of 8 bytes, modulo 2⁶⁴, and of what is left at its end."""
-    words = np.frombuffer(piece, np.uint64, len(piece) // 8)
-    return int(words.sum()) + int.from_bytes(piece[8 * len(words) :], "little")
-
-
-def _read_back(path: Path, size: int, sums: Sequence[tuple[int, int]], fs: FileSystem) -> None:
-    """Raise unless a file is as long as it should be, and each of its pieces has its sum."""
-    start, right = 0, fs.size_of(path) == size
-    room = np.empty(max((length for length, _ in sums), default=0), np.uint8)
-    with fs.reading(path) as read:
-        for length, expected in sums if right else ():
-            piece = room[:length].data
-            read(start, piece)
-            right, start = right and _sum(piece) == expected, start + length
-    if not right:
-        raise DamagedArtefactError(f"{path}: the disk does not give back what was written to it")
+    pieces = (memoryview(fs.read_range(source, at, min(BLOCK, size - at))) for at in range(0, size, BLOCK))
+    return write_pieces(target, pieces, lanes=False, fs=fs, on_bytes=on_bytes)
 
 
 @dataclass
@@ -369,7 +286,7 @@ def _read(
                 for part in group:
                     start = part.start
                     data = (next(rooms)[: part.size] if part.size <= _ROOM else np.empty(part.size, np.uint8)).data
-                    for block in _blocks(data):
+                    for block in blocks(data):
                         read(start, block)
                         if seen is not None:
                             seen.look(start, block)
@@ -390,16 +307,6 @@ def _made(read: Iterable[tuple[_Part, memoryview]]) -> Iterator[memoryview]:
             stored = stored.reshape(part.place.shape)
         first = (part.start - part.place.start) // stored.element_size()
         yield part.edit.make(stored, first).contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _ahead(items: Iterator[Value], stack: ExitStack) -> Iterator[Value]:
-    """Yield items, of which the next is made meanwhile, in a thread that computes with as many as this one does."""
-    threads = (torch.get_num_threads(),)
-    pool = stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=threads))
-    waiting = pool.submit(next, items, None)
-    while (item := waiting.result()) is not None:
-        waiting = pool.submit(next, items, None)
-        yield item
 
 
 def _named_files(

@@ -16,7 +16,8 @@ from veneer.base.source import Source
 from veneer.errors import BaseModelError, ConfigError, TargetError
 from veneer.files.filesystem import REAL
 from veneer.files.peft import load_adapter
-from veneer.files.shards import OnBytes, read_checkpoint
+from veneer.files.pieces import OnBytes
+from veneer.files.shards import read_checkpoint
 from veneer.files.tensors import DTYPES
 from veneer.nn.attach import check_base
 from veneer.nn.fingerprint import fingerprint

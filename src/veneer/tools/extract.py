@@ -18,7 +18,8 @@ from veneer.config import LoRAConfig
 from veneer.errors import AdapterError, BaseModelError, ConfigError, shortened
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.peft_values import MAX_RANK
-from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tensor
+from veneer.files.pieces import OnBytes
+from veneer.files.shards import Checkpoint, read_checkpoint, read_tensor
 from veneer.names import did_you_mean
 from veneer.ops.initialise_svd import truncated_svd
 from veneer.storage.plain import DTYPES as PLAIN

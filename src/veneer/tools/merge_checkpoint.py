@@ -21,12 +21,12 @@ from veneer.errors import AdapterError, OutputError
 from veneer.files.commit import commit_folder
 from veneer.files.filesystem import REAL, FileSystem
 from veneer.files.manifest import MANIFEST, FileRecord
+from veneer.files.pieces import OnBytes
 from veneer.files.shards import (
     CONFIG,
     MAX_INDEX,
     Checkpoint,
     Edit,
-    OnBytes,
     copy_file,
     read_checkpoint,
     read_config,

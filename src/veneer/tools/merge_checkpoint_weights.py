@@ -21,7 +21,7 @@ from veneer.ops.native import add_low_rank
 from veneer.tools.merge_weights import CHUNK, Change, merge_weight, require_finite, round_once
 
 SAMPLED = 8
-"""One of so many pieces, and of its rows one of half as many, is looked at for the figures of a `Change`."""
+"""One of so many pieces, and one of so many of its rows, is looked at for the figures of a `Change`."""
 PIECE = 1 << 20
 """How many weights are taken at a time: with fewer, two threads wait for Python longer than for memory (measured)."""
 _SWAPPED = ("transposed", "embedding")
@@ -218,9 +218,8 @@ def _add_rows(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, path: 
 
 def _look(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor) -> _Sums:
     """Look at some of the rows: how much there is, changed and lost."""
-    each = max(1, SAMPLED // 2)
-    W_QI, out_QI = W_PI[::each], out_PI[::each]
-    before, update = W_QI.float(), matrix.scaling * (matrix.B_OR[rows][::each].float() @ matrix.A_RI.float())
+    W_QI, out_QI = W_PI[::SAMPLED], out_PI[::SAMPLED]
+    before, update = W_QI.float(), matrix.scaling * (matrix.B_OR[rows][::SAMPLED].float() @ matrix.A_RI.float())
     touched, (low, high) = update != 0, torch.aminmax(update)
     weight2, update2, error2 = (
         torch.linalg.vector_norm(one).item() ** 2 for one in (before, update, out_QI.float() - before - update)

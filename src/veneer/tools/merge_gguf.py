@@ -23,7 +23,8 @@ from veneer.files.gguf_container import (
 )
 from veneer.files.gguf_model import CONSTANTS, FILE_TYPES, Laid, lay_out, matrix_dtype, model_fields
 from veneer.files.manifest import FileRecord
-from veneer.files.shards import Checkpoint, OnBytes, read_checkpoint, read_tensor, write_pieces
+from veneer.files.pieces import OnBytes, write_pieces
+from veneer.files.shards import Checkpoint, read_checkpoint, read_tensor
 from veneer.tools.merge_checkpoint_plan import dtype_of
 from veneer.tools.merge_checkpoint_weights import converted
 from veneer.tools.merge_record import ProbeResult
