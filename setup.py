@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the kernels in C, which are compiled where a compiler is and done without elsewhere."""
+"""What pyproject.toml cannot say: the kernels in C, compiled where a compiler is, done without elsewhere."""
 
 import hashlib
 from pathlib import Path

@@ -6,7 +6,9 @@ FOLDER is where the checkpoint is made (twice GB are written there); GB is its s
 shapes (4096 wide, 11008 inside, a table of 32,000 rows and a head), random numbers, 4 shards, and an adapter of rank 16
 on all linear layers. Each contender is a process of its own; before each the files are read once, so that all find them
 in the system's cache. Seconds are those of the work, and beside them those of the whole process with its imports; the
-peak is the process's resident memory. Ours is `merge_files`, without the proof, as PEFT has none. PEFT loads the base,
+peak is the process's resident memory. Copy and merge take turns, and the best of each counts; PEFT and the hashed copy
+run once, as they are far away. Ours is `merge_files` without the proof and without
+reading back, as PEFT and `cp` do neither, and once more with what the default reads back. PEFT loads the base,
 `merge_and_unload`, `save_pretrained`. The hashed copy is what no merge can be faster than that says what it read and
 what it wrote: each piece is read, hashed twice, written, nothing else, by as many threads as there are cores.
 """
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from veneer.tools.merge_weights import round_once
 
 HIDDEN, INSIDE, VOCABULARY, HEADS, SHARDS, RANK = 4096, 11008, 32_000, 32, 4, 16
+ROUNDS = 4
 
 
 def sizes(gigabytes: float) -> dict[str, int]:
@@ -115,7 +118,7 @@ OURS = """
 from veneer.files.peft import load_adapter
 from veneer.tools.merge_checkpoint import merge_files
 start = time.perf_counter()
-merge_files(base, [(load_adapter(adapter), 1.0)], out)
+merge_files(base, [(load_adapter(adapter), 1.0)], out, PROVE)
 """
 PEFT = """
 import torch
@@ -205,21 +208,25 @@ def main() -> None:
     results: dict[str, Any] = {}
     contenders = {
         "copy (cp, fsync)": COPY,
+        "veneer": OURS.replace("PROVE", "prove=None"),
+        "veneer, read back": OURS.replace(", PROVE", ""),
         "hashed copy": HASHED,
-        "veneer": OURS,
         "peft": PEFT,
-        "hashed copy again": HASHED,
-        "veneer again": OURS,
-        "copy again": COPY,
     }
-    for name, script in contenders.items():
-        out = home / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        results[name] = contend(script, base, adapter, out)
-        if "copy" not in name:
-            results[name]["right"] = share_right(base, adapter, out)
-        shutil.rmtree(out)
-    copied = min(results["copy (cp, fsync)"]["seconds"], results["copy again"]["seconds"])
+    for turn in range(ROUNDS):
+        for name, script in list(contenders.items())[: None if turn == 0 else 3]:
+            out = home / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            found = contend(script, base, adapter, out)
+            if "copy" not in name and turn == 0:
+                found["right"] = share_right(base, adapter, out)
+            shutil.rmtree(out)
+            print(f"{name}: {found['seconds']:.2f} s", flush=True)
+            best = results.setdefault(name, found | {"every": []})
+            best["every"].append(found["seconds"])
+            if found["seconds"] < best["seconds"]:
+                best |= found
+    copied = results["copy (cp, fsync)"]["seconds"]
     limit = largest * 4 / 1e6 + 200
     path = save(
         "merge_checkpoint",
@@ -235,6 +242,7 @@ def main() -> None:
         {
             "what": name,
             "seconds": f"{one['seconds']:.1f}",
+            "every": ", ".join(f"{each:.1f}" for each in one["every"]),
             "of the copy": f"{one['seconds'] / copied:.2f}",
             "with imports": f"{one['process_seconds']:.1f}",
             "peak MB": f"{one['peak_mb']:,.0f}",

@@ -379,7 +379,7 @@ def test_a_writer_may_tell_what_it_hashed_and_is_found_out_where_that_is_wrong(t
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
-def test_what_a_writer_has_read_back_is_not_read_again_but_all_else_is(tmp_path):
+def test_what_a_trusted_writer_tells_is_not_read_again_but_all_else_is(tmp_path):
     class Counting(FileSystem):
         def measure(self, path):
             measured.append(path.name)
@@ -391,7 +391,7 @@ def test_what_a_writer_has_read_back_is_not_read_again_but_all_else_is(tmp_path)
         return {"a": record_content(b"hello")}
 
     measured: list[str] = []
-    manifest = commit_folder(tmp_path / "x", write, kind="x", read_back=True, fs=Counting())
+    manifest = commit_folder(tmp_path / "x", write, kind="x", trusted=True, fs=Counting())
     assert verify_folder(tmp_path / "x") == manifest
     assert measured == ["b", "b"]  # hashed, and read back
 
@@ -414,7 +414,7 @@ def test_of_files_that_are_not_read_again_all_but_the_content_is_looked_at(tmp_p
         return {"a": record_content(b"hello")}
 
     with pytest.raises(DamagedArtefactError):
-        commit_folder(tmp_path / "x", write, kind="x", notes={"said": "hi"}, read_back=True, fs=Meddling())
+        commit_folder(tmp_path / "x", write, kind="x", notes={"said": "hi"}, trusted=True, fs=Meddling())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,11 +53,6 @@ class Watched(FileSystem):
         self.writes.append((self.past, len(data)))
         return super().write(handle, data)
 
-    def read_at(self, handle, start, into):
-        if self.past and self.refuses == "a read":
-            raise OSError(errno.EINVAL, "not here")
-        return super().read_at(handle, start, into)
-
 
 def test_large_files_go_past_the_cache_but_for_their_end(tmp_path):
     fs = Watched()
@@ -68,7 +63,7 @@ def test_large_files_go_past_the_cache_but_for_their_end(tmp_path):
     assert small.writes == [(False, ALIGNED)]
 
 
-@pytest.mark.parametrize("refuses", ["at once", "a write", "a read"])
+@pytest.mark.parametrize("refuses", ["at once", "a write"])
 def test_a_file_system_with_no_way_past_its_cache_goes_through_it(tmp_path, refuses):
     parts = [content(3 * ALIGNED), content(3 * ALIGNED + 5)]
     record = write_pieces(tmp_path / "a", parts, fs=Watched(refuses))
@@ -85,46 +80,14 @@ def test_the_real_disk_goes_past_its_cache_or_says_that_it_cannot(tmp_path):
         REAL.close(handle)
 
 
-class Forgetful(FileSystem):
-    """Says that it wrote what it did not, or something else."""
-
-    def __init__(self, what):
-        self.what, self.calls = what, 0
-
-    def past_cache(self, handle, on):
-        return False
-
-    def write(self, handle, data):
-        self.calls += 1
-        if self.calls != 3:
-            return super().write(handle, data)
-        if self.what == "nothing":
-            os.lseek(handle, len(data), os.SEEK_CUR)
-        elif self.what == "short":
+def test_a_file_that_became_longer_or_shorter_is_found(tmp_path):
+    class Forgetful(FileSystem):
+        def write(self, handle, data):
             super().write(handle, data[:-1])
-        elif self.what == "twice":
-            super().write(handle, data)
-            super().write(handle, data)
-        elif self.what == "elsewhere":
-            os.lseek(handle, 0, os.SEEK_SET)
-            super().write(handle, data)
-        elif self.what == "two words changed places":
-            super().write(handle, memoryview(bytes(data[8:16]) + bytes(data[:8]) + bytes(data[16:])))
-        else:
-            super().write(handle, memoryview(bytes([data[0] ^ 16]) + bytes(data[1:])))
-        return len(data)
+            return len(data)
 
-
-WRONG = ["nothing", "short", "twice", "elsewhere", "two words changed places", "one bit"]
-
-
-@pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize("rooms", [3, 2.5, 5])
-def test_what_the_disk_did_not_take_is_found_when_it_is_read_back(tmp_path, what, rooms):
-    parts = [content(int(rooms * 2 * ALIGNED))]
-    assert write_pieces(tmp_path / "right", parts).bytes == len(parts[0])
     with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
-        write_pieces(tmp_path / "wrong", parts, fs=Forgetful(what))
+        write_pieces(tmp_path / "wrong", [content(5 * ALIGNED)], fs=Forgetful())
 
 
 def test_what_is_hashed_is_what_is_written_whatever_becomes_of_a_piece(tmp_path):

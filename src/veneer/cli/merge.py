@@ -65,16 +65,13 @@ def merge(
         raise ConfigError("a weight must be a finite number", bad)
     folder = folder_of(base)
     like = like_of(base, folder, out, gguf, gguf_like, overwrite=overwrite)
+    how: dict[str, Any] = {"dtype": dtype, "any_base": any_base, "replace": overwrite}
     with bytes_bar("merging", weight_bytes(folder)) as on_bytes:
         if probe:
-            record = veneer.merge_checkpoint(
-                folder, parts, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes, replace=overwrite
-            )
+            record = veneer.merge_checkpoint(folder, parts, out, on_bytes=on_bytes, **how)
         else:  # without transformers
             values = [(veneer.load_adapter(one), each) for one, each in parts]
-            record = veneer.merge_files(
-                folder, values, out, dtype=dtype, any_base=any_base, on_bytes=on_bytes, replace=overwrite
-            )
+            record = veneer.merge_files(folder, values, out, on_bytes=on_bytes, **how)
     made = None if gguf is None else write_gguf(out, like, gguf, probe=probe, overwrite=overwrite)
     if as_json:
         inputs = {"base": base, "adapters": [one for one, _ in parts]}

@@ -47,6 +47,7 @@ _TEMPORARY = "tmp"
 _ASIDE = "old"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TRIES = 10
+_LYING = "the disk does not give back what was written to it"
 
 Read = TypeVar("Read")
 
@@ -65,7 +66,7 @@ def commit_folder(
     kind: str,
     notes: Notes | None = None,
     replace: bool = False,
-    read_back: bool = False,
+    trusted: bool = False,
     fs: FileSystem = REAL,
 ) -> Manifest:
     """Write a folder in one step, with a manifest that vouches for it.
@@ -77,7 +78,7 @@ def commit_folder(
         notes: What the manifest says about it besides, any JSON; or a function that is asked for it after the files
             are written.
         replace: Put the new folder in the place of one that exists.
-        read_back: The writer has read back what it tells the hashes of, so that those files are not read once more.
+        trusted: Of files whose hashes the writer tells, only the sizes are compared with what is there.
         fs: Where it lies.
 
     Raises:
@@ -106,7 +107,7 @@ def commit_folder(
             fs.make_folder(temporary)
             stack.enter_context(fs.locked(temporary))
         manifest, told = _fill(temporary, write, kind, notes or {}, fs)
-        known = told if read_back else frozenset()
+        known = told if trusted else frozenset()
         with fs.locked(target.parent):
             _swap(temporary, target, replace, fs, lambda: _read_back(target, manifest, write, known, fs))
     return manifest
@@ -302,11 +303,8 @@ def _record_written(folder: Path, told: Mapping[str, FileRecord], fs: FileSystem
 
 def _read_back(target: Path, manifest: Manifest, write: Writer, known: Collection[str], fs: FileSystem) -> None:
     """Raise unless the disk gives back what was written: equal to the memory it came from, where there is one."""
-    if callable(write) and not known:
-        verify_folder(target, fs=fs)
-        return
     if callable(write):
-        found = verify_folder(target, manifest.files.keys() - known, fs=fs)
+        found = _verified(target, manifest.files.keys() - known, fs)
         wrong = [name for name in sorted(known) if fs.size_of(target / name) != manifest.files[name].bytes]
     else:
         found = read_manifest(target, fs=fs)
@@ -316,7 +314,14 @@ def _read_back(target: Path, manifest: Manifest, write: Writer, known: Collectio
     if fs.list_files(target) != sorted([*manifest.files, MANIFEST]):
         problems.append("there are more or fewer files than were written")
     if problems:
-        raise DamagedArtefactError(f"{target}: the disk does not give back what was written to it", problems)
+        raise DamagedArtefactError(f"{target}: {_LYING}", problems)
+
+
+def _verified(target: Path, names: Collection[str], fs: FileSystem) -> Manifest | None:
+    try:
+        return verify_folder(target, names, fs=fs)
+    except DamagedArtefactError as error:
+        raise DamagedArtefactError(f"{target}: {_LYING}", error.problems) from None
 
 
 def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem, read_back: Callable[[], None]) -> None:

@@ -86,7 +86,7 @@ INLINE void store_f16(_Float16 *to, f64x8 x) {
 
 /* sums = scaling * (B @ A) for a strip of rows of B and up to eight columns of A, summed in registers. */
 #define STRIP 8
-#define TILE 256
+#define TILE 128
 INLINE void sum_block(
     const double *A, const double *const B[STRIP], double scaling, double *sums, int64_t columns, int64_t rank,
     int64_t count) {

@@ -75,9 +75,9 @@ def merge_checkpoint(
         OutputError: If the folder exists, or the disk refuses.
 
     Cost:
-        One pass over the files, in which hashes of both sides take half the time; for the proof, loading the model
-        twice. Memory: the adapters and some MB, the largest tensor a few times where it cannot be changed a piece at a
-        time; the proof takes that of the model.
+        One pass over the files, and one that reads back; for the proof, loading the model twice. Memory: the adapters
+        and some MB, the largest tensor a few times where it cannot be changed a piece at a time; the proof takes that
+        of the model.
 
     Example:
         merge_checkpoint("models/llama", "runs/a/adapter", "models/llama-a").probe.difference

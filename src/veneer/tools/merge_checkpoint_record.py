@@ -29,6 +29,7 @@ class CheckpointMerge:
         untouched: How many tensors were copied bit for bit.
         copied: Other files, copied as they are.
         left_out: Files that were not copied: they hold the base's weights in other forms.
+        read_back: Whether every file was read back from the disk and had the hash of what was written.
         probe: What the model computed before and after.
     """
 
@@ -43,6 +44,7 @@ class CheckpointMerge:
     untouched: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    read_back: bool
     probe: ProbeResult
 
     def to_json(self) -> dict[str, Any]:

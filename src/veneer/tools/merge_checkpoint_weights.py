@@ -211,9 +211,11 @@ def _add_rows(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor, path: 
     A_RI, B_PR = matrix.A_RI, matrix.B_OR[rows]
     if add_low_rank(W_PI, A_RI, B_PR, matrix.scaling, out_PI):
         return
-    exact_PI = W_PI.double() + matrix.scaling * (B_PR @ A_RI)
-    out_PI.copy_(round_once(exact_PI, out_PI.dtype))
-    require_finite(exact_PI, out_PI, path)
+    step = max(1, CHUNK // len(A_RI.T))
+    for W_CI, B_CR, out_CI in zip(W_PI.split(step), B_PR.split(step), out_PI.split(step), strict=True):
+        exact_CI = W_CI.double() + matrix.scaling * (B_CR @ A_RI)
+        out_CI.copy_(round_once(exact_CI, out_CI.dtype))
+        require_finite(exact_CI, out_CI, path)
 
 
 def _look(matrix: _Matrix, rows: slice, W_PI: Tensor, out_PI: Tensor) -> _Sums:
