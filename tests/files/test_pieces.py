@@ -53,6 +53,11 @@ class Watched(FileSystem):
         self.writes.append((self.past, len(data)))
         return super().write(handle, data)
 
+    def read_at(self, handle, start, into):
+        if self.past and self.refuses == "a read":
+            raise OSError(errno.EINVAL, "not here")
+        return super().read_at(handle, start, into)
+
 
 def test_large_files_go_past_the_cache_but_for_their_end(tmp_path):
     fs = Watched()
@@ -63,7 +68,7 @@ def test_large_files_go_past_the_cache_but_for_their_end(tmp_path):
     assert small.writes == [(False, ALIGNED)]
 
 
-@pytest.mark.parametrize("refuses", ["at once", "a write"])
+@pytest.mark.parametrize("refuses", ["at once", "a write", "a read"])
 def test_a_file_system_with_no_way_past_its_cache_goes_through_it(tmp_path, refuses):
     parts = [content(3 * ALIGNED), content(3 * ALIGNED + 5)]
     record = write_pieces(tmp_path / "a", parts, fs=Watched(refuses))
@@ -80,14 +85,54 @@ def test_the_real_disk_goes_past_its_cache_or_says_that_it_cannot(tmp_path):
         REAL.close(handle)
 
 
-def test_a_file_that_became_longer_or_shorter_is_found(tmp_path):
-    class Forgetful(FileSystem):
-        def write(self, handle, data):
-            super().write(handle, data[:-1])
-            return len(data)
+class Forgetful(FileSystem):
+    """Says that it wrote what it did not, or something else."""
 
+    def __init__(self, what):
+        self.what, self.calls = what, 0
+
+    def past_cache(self, handle, on):
+        return False
+
+    def write(self, handle, data):
+        self.calls += 1
+        if self.calls != 3:
+            return super().write(handle, data)
+        if self.what == "nothing":
+            os.lseek(handle, len(data), os.SEEK_CUR)
+        elif self.what == "short":
+            super().write(handle, data[:-1])
+        elif self.what == "twice":
+            super().write(handle, data)
+            super().write(handle, data)
+        elif self.what == "elsewhere":
+            os.lseek(handle, 0, os.SEEK_SET)
+            super().write(handle, data)
+        elif self.what == "two words changed places":
+            super().write(handle, memoryview(bytes(data[8:16]) + bytes(data[:8]) + bytes(data[16:])))
+        else:
+            super().write(handle, memoryview(bytes([data[0] ^ 16]) + bytes(data[1:])))
+        return len(data)
+
+
+WRONG = ["nothing", "short", "twice", "elsewhere", "two words changed places", "one bit"]
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("rooms", [3, 2.5, 5])
+def test_what_the_disk_did_not_take_is_found_when_it_is_read_back(tmp_path, what, rooms):
+    parts = [content(int(rooms * 2 * ALIGNED))]
+    assert write_pieces(tmp_path / "right", parts).bytes == len(parts[0])
     with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
-        write_pieces(tmp_path / "wrong", [content(5 * ALIGNED)], fs=Forgetful())
+        write_pieces(tmp_path / "wrong", parts, fs=Forgetful(what))
+
+
+def test_without_reading_back_the_size_alone_is_looked_at(tmp_path):
+    parts = [content(6 * ALIGNED)]
+    write_pieces(tmp_path / "same size", parts, read_back=False, fs=Forgetful("one bit"))
+    assert (tmp_path / "same size").read_bytes() != bytes(parts[0])
+    with pytest.raises(DamagedArtefactError, match="does not give back what was written"):
+        write_pieces(tmp_path / "short", parts, read_back=False, fs=Forgetful("short"))
 
 
 def test_what_is_hashed_is_what_is_written_whatever_becomes_of_a_piece(tmp_path):

@@ -212,11 +212,15 @@ class FileSystem:
                 file.truncate(size)
             return mmap.mmap(file.fileno(), size)
 
+    def read_at(self, handle: int, start: int, into: memoryview) -> int:
+        """Fill memory with an open file's bytes from a place on, perhaps not all of it; return how many."""
+        return os.preadv(handle, [into], start)
+
     # Changes: each is one operation of the disk.
 
     def open_new(self, path: Path) -> int:
-        """Make an empty file that must not exist, and open it for writing."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        """Make an empty file that must not exist, and open it for writing and reading."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def open_again(self, path: Path) -> int:
         """Open a file that exists for writing, its content kept."""

@@ -180,6 +180,7 @@ def write_shard(
     edits: Mapping[str, Edit],
     *,
     lanes: bool = True,
+    read_back: bool = True,
     fs: FileSystem = REAL,
     on_bytes: OnBytes | None = None,
 ) -> tuple[FileRecord, FileRecord]:
@@ -195,6 +196,7 @@ def write_shard(
         edits: Name to edit, for tensors of this file, and for new ones that are to stand in it.
         lanes: Read, edit and write in threads of their own; else all is done in this one, piece by piece, while each is
             in the core's cache: less work, for who has other files to keep all cores busy.
+        read_back: Compare what the disk gives back with what was written.
         fs: Where both lie.
         on_bytes: Told how many bytes were written, as they are; what it raises ends the writing.
 
@@ -230,7 +232,7 @@ def write_shard(
         read = _read(checkpoint.folder, parts, seen if edits else None, lanes, fs)
         made = _made(ahead(read, stack) if lanes else read)
         pieces = chain([memoryview(header)], made)
-        written = write_pieces(target, pieces, lanes=lanes, fs=fs, on_bytes=on_bytes)
+        written = write_pieces(target, pieces, lanes=lanes, read_back=read_back, fs=fs, on_bytes=on_bytes)
     if not edits:
         return written, written
     whole = seen.size == fs.size_of(source)

@@ -75,7 +75,7 @@ def merge_checkpoint(
         OutputError: If the folder exists, or the disk refuses.
 
     Cost:
-        One pass over the files, and one that reads back; for the proof, loading the model twice. Memory: the adapters
+        One pass over the files, each piece read back; for the proof, loading the model twice. Memory: the adapters
         and some MB, the largest tensor a few times where it cannot be changed a piece at a time; the proof takes that
         of the model.
 

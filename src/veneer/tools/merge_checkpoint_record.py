@@ -29,7 +29,7 @@ class CheckpointMerge:
         untouched: How many tensors were copied bit for bit.
         copied: Other files, copied as they are.
         left_out: Files that were not copied: they hold the base's weights in other forms.
-        read_back: Whether every file was read back from the disk and had the hash of what was written.
+        read_back: Whether the disk gave back of every file of weights what was written to it.
         probe: What the model computed before and after.
     """
 

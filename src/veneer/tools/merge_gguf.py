@@ -165,7 +165,7 @@ def export_gguf(
 
     def write(path: Path) -> None:
         nonlocal found
-        record = write_pieces(path, _pieces(plan), fs=fs, on_bytes=on_bytes)
+        record = write_pieces(path, _pieces(plan), read_back=False, fs=fs, on_bytes=on_bytes)
         _read_back(path, plan)
         found = record, prove if isinstance(prove, ProbeResult) else prove(path)
 
