@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.ops import native
+
 _aten = torch.ops.aten
 
 
@@ -22,10 +24,12 @@ class Activation:
     Args:
         forward: Returns `f(x)`.
         backward: Given d, x and out, writes `d · f'(x)` into out, which may be d itself.
+        kernel: What the kernels in C call it, or None where they have none.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    kernel: str | None = None
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -33,14 +37,75 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "silu": Activation(F.silu, lambda d, x, out: _aten.silu_backward(d, x, grad_input=out)),
+    "silu": Activation(F.silu, lambda d, x, out: _aten.silu_backward(d, x, grad_input=out), "silu"),
     "gelu_tanh": Activation(
-        _gelu_tanh, lambda d, x, out: _aten.gelu_backward(d, x, approximate="tanh", grad_input=out)
+        _gelu_tanh, lambda d, x, out: _aten.gelu_backward(d, x, approximate="tanh", grad_input=out), "gelu_tanh"
     ),
     "gelu": Activation(F.gelu, lambda d, x, out: _aten.gelu_backward(d, x, grad_input=out)),
     "relu": Activation(F.relu, lambda d, x, out: _aten.threshold_backward(d, x, 0, grad_input=out)),
 }
 """The functions that gates of transformers' models use, by name."""
+
+
+def gated(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> Tensor:
+    """Return `f(gate) · up`; no gradient of its own.
+
+    Cost:
+        One pass over each, two where the kernels in C are missing or have no such function.
+
+    Example:
+        >>> gated(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 4.0]), ACTIVATIONS["relu"]).tolist()
+        [0.0, 8.0]
+    """
+    stride = _stride(gate_NF, up_NF, activation)
+    if stride is None:
+        return activation.forward(gate_NF).mul_(up_NF)
+    out_NF = torch.empty(gate_NF.shape, dtype=gate_NF.dtype)
+    size = gate_NF.shape[-1]
+    native.run(f"gate_{activation.kernel}", out_NF, gate_NF, up_NF, out_NF, out_NF.numel() // size, size, stride)
+    return out_NF
+
+
+def gated_gradient(
+    dout_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, activation: Activation, into: tuple[Tensor, Tensor]
+) -> None:
+    """Write the gradients of gate and up, `dout · up · f'(gate)` and `dout · f(gate)`, into two tensors.
+
+    Args:
+        dout_NF: The gradient of the output.
+        gate_NF: The gate.
+        up_NF: What it multiplies.
+        activation: Its function.
+        into: For gate and for up; the first may be `dout`.
+
+    Cost:
+        One pass over all of them, five where the kernels in C are missing or have no such function.
+
+    Example:
+        >>> gate, up, into = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 4.0]), (torch.empty(2), torch.empty(2))
+        >>> gated_gradient(torch.ones(2), gate, up, ACTIVATIONS["relu"], into)
+        >>> [one.tolist() for one in into]
+        [[0.0, 4.0], [0.0, 2.0]]
+    """
+    dgate_NF, dup_NF = into
+    stride, to_stride = _stride(gate_NF, up_NF, activation), _stride(dgate_NF, dup_NF, activation)
+    if stride is None or to_stride is None or not (native.suits(gate_NF, dout_NF, *into) and dout_NF.is_contiguous()):
+        torch.mul(activation.forward(gate_NF), dout_NF, out=dup_NF)
+        torch.mul(dout_NF, up_NF, out=dgate_NF)
+        activation.backward(dgate_NF, gate_NF, dgate_NF)
+        return
+    size = gate_NF.shape[-1]
+    sizes = (dout_NF.numel() // size, size, stride, to_stride)
+    native.run(f"gate_gradient_{activation.kernel}", gate_NF, dout_NF, gate_NF, up_NF, dgate_NF, dup_NF, *sizes)
+
+
+def _stride(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> int | None:
+    """Return how far the rows of both lie apart; None where the kernels do not take them."""
+    if activation.kernel is None or not gate_NF.numel() or not native.suits(gate_NF, up_NF):
+        return None
+    if gate_NF.is_contiguous() and up_NF.is_contiguous():
+        return gate_NF.shape[-1]
+    return gate_NF.stride(0) if gate_NF.ndim == 2 and gate_NF.stride() == up_NF.stride() else None
 
 
 class _SplitGate(torch.autograd.Function):
@@ -49,7 +114,7 @@ class _SplitGate(torch.autograd.Function):
     @staticmethod
     def forward(both_NF: Tensor, activation: Activation) -> Tensor:
         gate_NF, up_NF = both_NF.chunk(2, dim=-1)
-        return activation.forward(gate_NF).mul_(up_NF)
+        return gated(gate_NF, up_NF, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch names them)
@@ -63,9 +128,7 @@ class _SplitGate(torch.autograd.Function):
         gate_NF, up_NF = both_NF.chunk(2, dim=-1)
         dboth_NF = torch.empty_like(both_NF)
         dgate_NF, dup_NF = dboth_NF.chunk(2, dim=-1)
-        torch.mul(ctx.activation.forward(gate_NF), dh_NF, out=dup_NF)
-        torch.mul(dh_NF, up_NF, out=dgate_NF)
-        ctx.activation.backward(dgate_NF, gate_NF, dgate_NF)
+        gated_gradient(dh_NF, gate_NF, up_NF, ctx.activation, (dgate_NF, dup_NF))
         return dboth_NF, None
 
 
@@ -84,7 +147,7 @@ def split_gate(both_NF: Tensor, activation: Activation) -> Tensor:
         Tensor (..., F), dtype of `both`. Differentiable once.
 
     Cost:
-        Two passes over (N, F) forward, four backward. Kept for backward: `both` alone, where torch keeps `f(gate)` too,
+        That of `gated` and `gated_gradient`. Kept for backward: `both` alone, where torch keeps `f(gate)` too,
         and joins the gradients of the halves by a copy.
 
     Example:

@@ -154,3 +154,231 @@ ADD_LOW_RANK(f16, _Float16, bf16, uint16_t)
 ADD_LOW_RANK(f16, _Float16, f16, _Float16)
 ADD_LOW_RANK(f32, float, bf16, uint16_t)
 ADD_LOW_RANK(f32, float, f16, _Float16)
+
+/* Training: sixteen numbers at a time, computed with in float32. Rows are divided among the threads that torch has; what
+ * a thread does with its rows stands in a function of its own, as only such are compiled for several processors. */
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+#define LANES 16
+
+INLINE f32x16 read_f32(const float *from, int64_t count) {
+    f32x16 numbers = {0};
+    memcpy(&numbers, from, count * sizeof *from);
+    return numbers;
+}
+
+INLINE void write_f32(float *to, f32x16 numbers, int64_t count) { memcpy(to, &numbers, count * sizeof *to); }
+
+INLINE f32x16 read_bf16(const uint16_t *from, int64_t count) {
+    u16x16 bits = {0};
+    memcpy(&bits, from, count * sizeof *from);
+    return AS(f32x16, __builtin_convertvector(bits, u32x16) << 16);
+}
+
+/* To the nearest, ties to even; what is not a number stays none. */
+INLINE void write_bf16(uint16_t *to, f32x16 numbers, int64_t count) {
+    u32x16 bits = AS(u32x16, numbers);
+    u32x16 is_nan = (u32x16)((0x7f800000 - AS(i32x16, bits & INT32_MAX)) >> 31);
+    bits = (((bits + 0x7fff + ((bits >> 16) & 1)) & ~is_nan) | ((bits | 0x400000) & is_nan)) >> 16;
+    u16x16 narrow = __builtin_convertvector(bits, u16x16);
+    memcpy(to, &narrow, count * sizeof *to);
+}
+
+INLINE float sum_of(f32x16 numbers) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) numbers[i] += numbers[i + half];
+    return numbers[0];
+}
+
+/* Runs a statement for whole vectors of a row, `count` a constant, and once for what is left of it. */
+#define ALONG(length, at, count, statement)                                                                          \
+    do {                                                                                                             \
+        int64_t at = 0;                                                                                              \
+        for (; at + LANES <= (length); at += LANES) { enum { count = LANES }; statement; }                           \
+        if (at < (length)) { int64_t count = (length) - at; statement; }                                             \
+    } while (0)
+
+/* Gives each of torch's threads some of the rows. */
+#define SHARE_ROWS(rows, first, last, call)                                                                          \
+    _Pragma("omp parallel") {                                                                                        \
+        int64_t each = ((rows) + omp_get_num_threads() - 1) / omp_get_num_threads();                                 \
+        int64_t first = each * omp_get_thread_num(), last = first + each < (rows) ? first + each : (rows);           \
+        if (first < last) call;                                                                                      \
+    }
+int omp_get_num_threads(void);
+int omp_get_thread_num(void);
+
+/* y = x / rms(x) * gain with rms = sqrt(mean(x * x) + epsilon), and 1 / rms; x and y are (rows, size). */
+#define NORM(name, number)                                                                                           \
+    FOR_EACH_PROCESSOR void some_norms_##name(                                                                       \
+        const number *x, const float *gain, float epsilon, number *y, float *inverse, int64_t first, int64_t last,   \
+        int64_t size) {                                                                                              \
+        for (int64_t row = first; row < last; row++) {                                                               \
+            const number *from = x + row * size;                                                                     \
+            number *to = y + row * size;                                                                             \
+            f32x16 squares = {0};                                                                                    \
+            ALONG(size, at, count, f32x16 one = read_##name(from + at, count); squares += one * one);                \
+            float scale = 1 / sqrtf(sum_of(squares) / size + epsilon);                                               \
+            inverse[row] = scale;                                                                                    \
+            ALONG(size, at, count, write_##name(                                                                     \
+                to + at, read_##name(from + at, count) * scale * read_f32(gain + at, count), count));                \
+        }                                                                                                            \
+    }                                                                                                                \
+    void norm_##name(const number *x, const float *gain, double epsilon, number *y, float *inverse, int64_t rows,    \
+                     int64_t size) {                                                                                 \
+        SHARE_ROWS(rows, first, last, some_norms_##name(x, gain, epsilon, y, inverse, first, last, size))            \
+    }
+
+/* y again, from x and 1 / rms. */
+#define NORM_AGAIN(name, number)                                                                                     \
+    FOR_EACH_PROCESSOR void some_norms_again_##name(                                                                 \
+        const number *x, const float *gain, const float *inverse, number *y, int64_t first, int64_t last,            \
+        int64_t size) {                                                                                              \
+        for (int64_t row = first; row < last; row++) {                                                               \
+            const number *from = x + row * size;                                                                     \
+            number *to = y + row * size;                                                                             \
+            ALONG(size, at, count, write_##name(                                                                     \
+                to + at, read_##name(from + at, count) * inverse[row] * read_f32(gain + at, count), count));         \
+        }                                                                                                            \
+    }                                                                                                                \
+    void norm_again_##name(const number *x, const float *gain, const float *inverse, number *y, int64_t rows,        \
+                           int64_t size) {                                                                           \
+        SHARE_ROWS(rows, first, last, some_norms_again_##name(x, gain, inverse, y, first, last, size))               \
+    }
+
+/* dx = g / rms - x * sum(g * x) / (size * rms^3) with g = gain * dy. */
+#define NORM_GRADIENT(name, number)                                                                                  \
+    FOR_EACH_PROCESSOR void some_norm_gradients_##name(                                                              \
+        const number *dy, const number *x, const float *gain, const float *inverse, number *dx, int64_t first,       \
+        int64_t last, int64_t size) {                                                                                \
+        for (int64_t row = first; row < last; row++) {                                                               \
+            const number *d = dy + row * size, *from = x + row * size;                                               \
+            number *to = dx + row * size;                                                                            \
+            f32x16 dots = {0};                                                                                       \
+            ALONG(size, at, count, dots += read_##name(d + at, count) * read_f32(gain + at, count) *                 \
+                                           read_##name(from + at, count));                                           \
+            float scale = inverse[row], slope = -sum_of(dots) * scale * scale * scale / size;                        \
+            ALONG(size, at, count, write_##name(                                                                     \
+                to + at, read_##name(d + at, count) * read_f32(gain + at, count) * scale +                           \
+                             read_##name(from + at, count) * slope, count));                                         \
+        }                                                                                                            \
+    }                                                                                                                \
+    void norm_gradient_##name(const number *dy, const number *x, const float *gain, const float *inverse,            \
+                              number *dx, int64_t rows, int64_t size) {                                              \
+        SHARE_ROWS(rows, first, last, some_norm_gradients_##name(dy, x, gain, inverse, dx, first, last, size))       \
+    }
+
+/* Turns the first `turned` numbers of each head by its token's angles; back is the other way. x is (tokens, heads, size),
+ * with strides for tokens and heads, out the same without, cos and sin (tokens, turned). */
+#define ROTATE(name, number)                                                                                         \
+    FOR_EACH_PROCESSOR void some_rotations_##name(                                                                   \
+        const number *x, const number *cos, const number *sin, number *out, int64_t first, int64_t last,             \
+        int64_t heads, int64_t size, int64_t turned, int64_t token_stride, int64_t head_stride, int back) {          \
+        int64_t half = turned / 2;                                                                                   \
+        for (int64_t token = first; token < last; token++) {                                                         \
+            const number *low_cos = cos + token * turned, *high_cos = low_cos + half;                                \
+            const number *low_sin = sin + token * turned, *high_sin = low_sin + half;                                \
+            for (int64_t head = 0; head < heads; head++) {                                                           \
+                const number *from = x + token * token_stride + head * head_stride;                                  \
+                number *to = out + (token * heads + head) * size;                                                    \
+                ALONG(half, at, count,                                                                               \
+                    f32x16 low = read_##name(from + at, count); f32x16 high = read_##name(from + half + at, count);  \
+                    f32x16 low_turn = read_##name((back ? high_sin : low_sin) + at, count);                          \
+                    f32x16 high_turn = read_##name((back ? low_sin : high_sin) + at, count);                         \
+                    float way = back ? -1.0f : 1.0f;                                                                 \
+                    write_##name(to + at, low * read_##name(low_cos + at, count) - way * high * low_turn, count);    \
+                    write_##name(to + half + at, high * read_##name(high_cos + at, count) + way * low * high_turn,   \
+                                 count));                                                                            \
+                memcpy(to + turned, from + turned, (size - turned) * sizeof *to);                                    \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    void rotate_##name(const number *x, const number *cos, const number *sin, number *out, int64_t tokens,           \
+                       int64_t heads, int64_t size, int64_t turned, int64_t token_stride, int64_t head_stride,       \
+                       int64_t back) {                                                                               \
+        SHARE_ROWS(tokens, first, last, some_rotations_##name(                                                       \
+            x, cos, sin, out, first, last, heads, size, turned, token_stride, head_stride, back))                    \
+    }
+
+/* exp(x) to 1e-7: 2^n by the exponent's bits, and a polynomial for what is left of x / log 2 (Cephes, expf). */
+INLINE f32x16 exp_of(f32x16 x) {
+    const f32x16 most = (f32x16){0} + 88.0f, least = (f32x16){0} - 87.0f;
+    i32x16 above = AS(i32x16, most - x) >> 31, below = AS(i32x16, x - least) >> 31;
+    x = AS(f32x16, (AS(i32x16, x) & ~above & ~below) | (AS(i32x16, most) & above) | (AS(i32x16, least) & below));
+    f32x16 n = x * 1.44269504088896341f + 12582912.0f; /* its last bits are the nearest whole number */
+    i32x16 exponent = AS(i32x16, n) << 23;
+    n -= 12582912.0f;
+    x -= n * 0.693359375f;
+    x -= n * -2.12194440e-4f;
+    f32x16 y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1;
+    return AS(f32x16, AS(i32x16, y) + exponent);
+}
+
+/* A gate's function f(x) and its slope. */
+INLINE f32x16 silu(f32x16 x, f32x16 *slope) {
+    f32x16 share = 1 / (1 + exp_of(-x)), y = x * share;
+    *slope = share + y * (1 - share);
+    return y;
+}
+
+INLINE f32x16 gelu_tanh(f32x16 x, f32x16 *slope) {
+    const float scale = 0.7978845608028654f, cubed = 0.044715f;
+    f32x16 tanh = 1 - 2 / (1 + exp_of(2 * scale * (x + cubed * x * x * x)));
+    *slope = 0.5f * (1 + tanh) + 0.5f * x * (1 - tanh * tanh) * scale * (1 + 3 * cubed * x * x);
+    return 0.5f * x * (1 + tanh);
+}
+
+/* out = f(gate) * up; gate and up are (rows, size) with a stride for rows, out has none. */
+#define GATE(f, name, number)                                                                                        \
+    FOR_EACH_PROCESSOR void some_gates_##f##_##name(                                                                 \
+        const number *gate, const number *up, number *out, int64_t first, int64_t last, int64_t size,                \
+        int64_t stride) {                                                                                            \
+        for (int64_t row = first; row < last; row++)                                                                 \
+            ALONG(size, at, count,                                                                                   \
+                f32x16 slope; f32x16 y = f(read_##name(gate + row * stride + at, count), &slope);                    \
+                write_##name(out + row * size + at, y * read_##name(up + row * stride + at, count), count));         \
+    }                                                                                                                \
+    void gate_##f##_##name(const number *gate, const number *up, number *out, int64_t rows, int64_t size,            \
+                           int64_t stride) {                                                                         \
+        SHARE_ROWS(rows, first, last, some_gates_##f##_##name(gate, up, out, first, last, size, stride))             \
+    }
+
+/* dgate = dout * up * f'(gate) and dup = dout * f(gate); dout is (rows, size), all others have a stride for rows. */
+#define GATE_GRADIENT(f, name, number)                                                                               \
+    FOR_EACH_PROCESSOR void some_gate_gradients_##f##_##name(                                                        \
+        const number *dout, const number *gate, const number *up, number *dgate, number *dup, int64_t first,         \
+        int64_t last, int64_t size, int64_t stride, int64_t gradient_stride) {                                       \
+        for (int64_t row = first; row < last; row++)                                                                 \
+            ALONG(size, at, count,                                                                                   \
+                f32x16 slope; f32x16 y = f(read_##name(gate + row * stride + at, count), &slope);                    \
+                f32x16 d = read_##name(dout + row * size + at, count);                                               \
+                f32x16 times = read_##name(up + row * stride + at, count);                                           \
+                write_##name(dgate + row * gradient_stride + at, d * times * slope, count);                          \
+                write_##name(dup + row * gradient_stride + at, d * y, count));                                       \
+    }                                                                                                                \
+    void gate_gradient_##f##_##name(                                                                                 \
+        const number *dout, const number *gate, const number *up, number *dgate, number *dup, int64_t rows,          \
+        int64_t size, int64_t stride, int64_t gradient_stride) {                                                     \
+        SHARE_ROWS(rows, first, last, some_gate_gradients_##f##_##name(                                              \
+            dout, gate, up, dgate, dup, first, last, size, stride, gradient_stride))                                 \
+    }
+
+#define TRAINING(name, number)                                                                                       \
+    NORM(name, number)                                                                                               \
+    NORM_AGAIN(name, number)                                                                                         \
+    NORM_GRADIENT(name, number)                                                                                      \
+    ROTATE(name, number)                                                                                             \
+    GATE(silu, name, number)                                                                                         \
+    GATE(gelu_tanh, name, number)                                                                                    \
+    GATE_GRADIENT(silu, name, number)                                                                                \
+    GATE_GRADIENT(gelu_tanh, name, number)
+
+TRAINING(f32, float)
+TRAINING(bf16, uint16_t)

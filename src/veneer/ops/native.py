@@ -8,13 +8,13 @@ import hashlib
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 @cache
@@ -31,6 +31,48 @@ def kernels() -> ctypes.CDLL | None:
     except (OSError, AttributeError):  # another processor's, or torch has no OpenMP to take threads from
         return None
     return library if compiled == hashlib.sha256(SOURCE.read_bytes()).hexdigest() else None
+
+
+def source() -> str | None:
+    """Return the digest of the kernels that are used; None where torch computes all.
+
+    Example:
+        >>> source() is None or len(source()) == 64
+        True
+    """
+    return None if kernels() is None else hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
+def suits(first: Tensor, *others: Tensor) -> bool:
+    """Tell whether kernels for training take some tensors: on the CPU, all float32 or all bfloat16, rows contiguous.
+
+    Example:
+        >>> suits(torch.ones(2, dtype=torch.float64)), suits(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
+        (False, False)
+    """
+    if first.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling() or kernels() is None:
+        return False
+    alike = all(one.dtype == first.dtype for one in others)
+    return alike and all(one.device.type == "cpu" and one.stride(-1) == 1 for one in (first, *others))
+
+
+def run(name: str, like: Tensor, *given: Tensor | int | float) -> None:
+    """Call a kernel for the dtype of a tensor; what is given must be what it takes, which nobody checks.
+
+    Args:
+        name: Of the kernel, without the dtype.
+        like: A tensor of the dtype.
+        given: Its arguments; of tensors it gets the addresses.
+    """
+    library = kernels()
+    assert library is not None
+    library[f"{name}_{_SHORT[like.dtype]}"](*(_argument(one) for one in given))
+
+
+def _argument(one: Tensor | int | float) -> "ctypes._SimpleCData[Any]":
+    if isinstance(one, Tensor):
+        return ctypes.c_void_p(one.data_ptr())
+    return ctypes.c_int64(one) if isinstance(one, int) else ctypes.c_double(one)
 
 
 def add_low_rank(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_OI: Tensor) -> bool:
@@ -67,6 +109,5 @@ def add_low_rank(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_O
     if out_OI.dtype == torch.float32 or not (A_RI.dtype == B_OR.dtype == torch.float64):
         return False
     function = library[f"add_low_rank_{_SHORT[W_OI.dtype]}_{_SHORT[out_OI.dtype]}"]
-    function.argtypes = [_POINTER, _POINTER, _POINTER, _NUMBER, _POINTER, _SIZE, _SIZE, _SIZE]
-    pointers = (one.data_ptr() for one in (W_OI, A_RI, B_OR))
-    return bool(function(*pointers, scaling, out_OI.data_ptr(), *out_OI.shape, A_RI.shape[0]))
+    given = (W_OI, A_RI, B_OR, float(scaling), out_OI, *out_OI.shape, A_RI.shape[0])
+    return bool(function(*(_argument(one) for one in given)))

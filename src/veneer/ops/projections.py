@@ -22,7 +22,7 @@ from veneer.ops.frozen import (
     scaled_weight,
     update_of,
 )
-from veneer.ops.gates import Activation
+from veneer.ops.gates import Activation, gated, gated_gradient
 from veneer.ops.keeping import Keep, room
 from veneer.ops.lora import rank_gradient, up_gradient
 from veneer.ops.norm import RMSNorm, norm_gradient, normalise, renormalise
@@ -255,7 +255,7 @@ class _GatedProjection(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         (trained,) = _each(flat)
-        h_NF = activation.forward(gate_NF).mul_(up_NF)
+        h_NF = gated(gate_NF, up_NF, activation)
         weight, update = _way(frozen, h_NF, trained)
         scaled = trained.ratio_O is not None
         v_NO = apply_weight(h_NF, weight, None if scaled else frozen.bias, update, keep)
@@ -270,16 +270,15 @@ class _GatedProjection(torch.autograd.Function):
         (trained,) = _each(flat)
         weight, update = _way(ctx.frozen, gate_NF, trained)
         dz_NR = None if update is None else rank_gradient(dy_NO, update.B_OR, update.scaling)
-        active_NF = ctx.activation.forward(gate_NF)
         gradients = _NOTHING
         if any(ctx.needs_input_grad[5:]):
-            (found,) = _factor_gradients(active_NF * up_NF, [dz_NR], [dy_NO], [update])
+            (found,) = _factor_gradients(gated(gate_NF, up_NF, ctx.activation), [dz_NR], [dy_NO], [update])
             gradients = _gradients(trained, found, dy_NO, v_NO)
         dgate_NF = dup_NF = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dh_NF = apply_transposed(dy_NO, weight, update, dz_NR)
-            dup_NF = active_NF.mul_(dh_NF)
-            dgate_NF = ctx.activation.backward(dh_NF.mul_(up_NF), gate_NF, dh_NF)
+            dgate_NF, dup_NF = dh_NF, torch.empty_like(dh_NF)
+            gated_gradient(dh_NF, gate_NF, up_NF, ctx.activation, (dgate_NF, dup_NF))
         return dgate_NF, dup_NF, None, None, None, *gradients
 
 
@@ -303,7 +302,7 @@ def gated_projection(
         Tensor (N, O). Differentiable once.
 
     Cost:
-        As `lora_linear`, and two passes over (N, F) forward, five backward. Kept for backward: gate and up; the
+        As `lora_linear`, `gated` twice and `gated_gradient`. Kept for backward: gate and up; the
         product of both is computed again. Dropout and a ratio cost what they cost in `project`.
 
     Example:
