@@ -4,7 +4,7 @@ Shapes: N rows, I in, O out, R rank, P a panel of the O rows of the weight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -63,45 +63,49 @@ class FrozenWeight:
         shape: (O, I).
         dense: The weight itself.
         panels: What decodes it, where it is not.
+        ratio_O: What its rows are multiplied by, or None; the update, whose factor is scaled likewise, is not.
     """
 
     shape: tuple[int, int] | torch.Size
     dense: Tensor | None = None
     panels: Panels | None = None
+    ratio_O: Tensor | None = None
 
     def merging_pays(self, num_rows: int, dtype: torch.dtype) -> bool:
         """Tell whether the update is cheaper merged into the weight than applied beside it."""
-        return merging_pays(num_rows, self.shape, dtype, BY_ITSELF if self.panels is None else IN_PASSING)
+        written = self.panels is not None or self.ratio_O is not None
+        return merging_pays(num_rows, self.shape, dtype, IN_PASSING if written else BY_ITSELF)
 
     def walk(self, dtype: torch.dtype, update: Update | None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows of `W + s B A`, all at once where nothing needs decoding."""
+        """Yield the rows of `ratio · W + s B A`, all at once where nothing needs decoding.
+
+        In 16 bits decoded numbers are scaled before they are rounded: else a ratio within half a digit of 1 is none.
+        """
+        ratio_O = self.ratio_O
         if self.dense is not None:
-            W_OI = self.dense if update is None else merged_weight(self.dense, *update[:3])
+            W_OI = self.dense
+            if update is not None:
+                W_OI = merged_weight(W_OI, *update[:3], ratio_O)
+            elif ratio_O is not None:
+                W_OI = (W_OI * ratio_O[:, None]).to(dtype)
             yield slice(0, self.shape[0]), W_OI
         elif self.panels is not None:
-            for rows, W_PI in self.panels(dtype):
+            for rows, W_PI in self.panels(dtype if ratio_O is None else ratio_O.dtype):
+                part_PI = W_PI if ratio_O is None else W_PI.mul_(ratio_O[rows, None]).to(dtype)
                 if update is not None:
-                    W_PI.addmm_(update.B_OR[rows], update.A_RI, alpha=update.scaling)
-                yield rows, W_PI
+                    part_PI.addmm_(update.B_OR[rows], update.A_RI, alpha=update.scaling)
+                yield rows, part_PI
 
 
 def scaled_weight(weight: FrozenWeight, ratio_O: Tensor) -> FrozenWeight:
-    """Return `ratio · W`, formed panel by panel; with a factor scaled likewise the update costs no further pass.
-
-    In 16 bits the decoded numbers are scaled before they are rounded: else a ratio within half a digit of 1 is none.
+    """Return `ratio · W`; with a factor scaled likewise the update costs no further pass.
 
     Example:
         >>> scaled = scaled_weight(FrozenWeight(torch.Size([2, 1]), torch.ones(2, 1)), torch.tensor([2.0, 3.0]))
         >>> [W_PI.tolist() for _, W_PI in scaled.walk(torch.float32, None)]
         [[[2.0], [3.0]]]
     """
-
-    def panels(dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        for rows, W_PI in weight.walk(ratio_O.dtype, None):
-            ratio_P1 = ratio_O[rows, None]
-            yield rows, (W_PI * ratio_P1 if weight.dense is not None else W_PI.mul_(ratio_P1)).to(dtype)
-
-    return FrozenWeight(weight.shape, panels=panels)
+    return replace(weight, ratio_O=ratio_O)
 
 
 def weight_product(weight: FrozenWeight, A_RI: Tensor) -> Tensor:

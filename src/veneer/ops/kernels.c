@@ -370,6 +370,44 @@ INLINE f32x16 gelu_tanh(f32x16 x, f32x16 *slope) {
             dout, gate, up, dgate, dup, first, last, size, stride, gradient_stride))                                 \
     }
 
+/* out = ratio * W + scaling * (B @ A), row by row; without a ratio it is one. W and out, which may be W, are (rows,
+ * columns), A (rank, columns), B (rows, rank). Four rows of A's products are summed in registers. */
+INLINE void merge_block(
+    const float *W, const float *A, const float *const B[4], const float ratio[4], float scaling, float *out,
+    int64_t rows, int64_t columns, int64_t rank, int64_t count) {
+    f32x16 sum[4] = {{0}};
+    for (int64_t k = 0; k < rank; k++) {
+        f32x16 a = read_f32(A + k * columns, count);
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sum[i] += a * B[i][k];
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+        if (i < rows)
+            write_f32(out + i * columns, read_f32(W + i * columns, count) * ratio[i] + sum[i] * scaling, count);
+}
+
+FOR_EACH_PROCESSOR void some_merged_f32(
+    const float *W, const float *A, const float *B, const float *ratio, float scaling, float *out, int64_t first,
+    int64_t last, int64_t columns, int64_t rank) {
+    for (int64_t row = first; row < last; row += 4) {
+        const float *B_at[4];
+        float ratio_at[4];
+        for (int i = 0; i < 4; i++) { /* the last row stands in for those that are missing */
+            int64_t at = row + i < last ? row + i : last - 1;
+            B_at[i] = B + at * rank;
+            ratio_at[i] = ratio ? ratio[at] : 1.0f;
+        }
+        const float *from = W + row * columns;
+        float *to = out + row * columns;
+        ALONG(columns, at, count,
+              merge_block(from + at, A + at, B_at, ratio_at, scaling, to + at, last - row, columns, rank, count));
+    }
+}
+
+void merged_f32(const float *W, const float *A, const float *B, const float *ratio, double scaling, float *out,
+                int64_t rows, int64_t columns, int64_t rank) {
+    SHARE_ROWS(rows, first, last, some_merged_f32(W, A, B, ratio, scaling, out, first, last, columns, rank))
+}
+
 #define TRAINING(name, number)                                                                                       \
     NORM(name, number)                                                                                               \
     NORM_AGAIN(name, number)                                                                                         \
