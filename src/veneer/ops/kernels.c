@@ -328,11 +328,12 @@ INLINE f32x16 silu(f32x16 x, f32x16 *slope) {
     return y;
 }
 
+/* 0.5 * (1 + tanh(a)) is 1 / (1 + exp(-2 a)), which loses no digits where tanh is near -1. */
 INLINE f32x16 gelu_tanh(f32x16 x, f32x16 *slope) {
-    const float scale = 0.7978845608028654f, cubed = 0.044715f;
-    f32x16 tanh = 1 - 2 / (1 + exp_of(2 * scale * (x + cubed * x * x * x)));
-    *slope = 0.5f * (1 + tanh) + 0.5f * x * (1 - tanh * tanh) * scale * (1 + 3 * cubed * x * x);
-    return 0.5f * x * (1 + tanh);
+    const float scale = 2 * 0.7978845608028654f, cubed = 0.044715f;
+    f32x16 share = 1 / (1 + exp_of(-scale * (x + cubed * x * x * x)));
+    *slope = share + x * share * (1 - share) * scale * (1 + 3 * cubed * x * x);
+    return x * share;
 }
 
 /* out = f(gate) * up; gate and up are (rows, size) with a stride for rows, out has none. */
