@@ -14,6 +14,7 @@ from veneer.base.batching import Way, batching, find_way
 from veneer.base.fast import decoder_layers, fast_modules, plain_modules
 from veneer.config import TrainConfig
 from veneer.errors import ConfigError
+from veneer.ops.native import kernels
 from veneer.train.allocator import kept_memory
 
 log = logging.getLogger("veneer")
@@ -48,6 +49,10 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(flushed_denormals())
             if not way.padded:
                 log.info("%s", stack.enter_context(fast_modules(model)))
+            if model.device.type == "cpu" and kernels() is None:
+                log.info(
+                    "the kernels in C were not compiled, torch computes in their place: install again where gcc is"
+                )
         else:
             stack.enter_context(plain_modules(model))
             stack.enter_context(heard(model))
