@@ -22,8 +22,8 @@ class CheckpointMerge:
         dtype: In which the weights are stored now, where that was asked for.
         inputs: Size and SHA-256 of each file of weights that was read.
         outputs: Of each that was written.
-        modules: What was done to each weight; of 16-bit weights `rounding_loss` and `unchanged` are measured on an
-            eighth of their rows.
+        modules: What was done to each weight; of 16-bit weights `rounding_loss` and `unchanged` are measured on a
+            sample of their rows.
         trained: Tensors that were put in whole, or rows of which were.
         untied: Tensors that head or table got of their own.
         untouched: How many tensors were copied bit for bit.
