@@ -4,13 +4,9 @@ It is written last, so a folder that has one was written whole.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,6 @@ from veneer.names import did_you_mean
 MANIFEST = "MANIFEST.json"
 VERSION = 1
 _MAX_BYTES = 16 << 20
-_LARGE = 64 << 20
-"""From so many bytes on files are hashed side by side."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _WHAT_TO_DO = "restore the folder, or remove MANIFEST.json if the change was meant"
 
@@ -169,13 +163,18 @@ def verify_folder(folder: str | Path, only: Collection[str] | None = None, *, fs
     manifest = read_manifest(folder, fs=fs)
     if manifest is None:
         return None
-    names = sorted(manifest.files if only is None else only)
-    problems = [_not_vouched_for(name, manifest) for name in names if name not in manifest.files]
-    known = {name: manifest.files[name] for name in names if name in manifest.files}
-    with ExitStack() as stack:
-        large = sum(record.bytes for record in known.values()) >= _LARGE
-        each = stack.enter_context(ThreadPoolExecutor(os.cpu_count())).map if large else map
-        problems += chain(*each(lambda name: _compare(folder / name, name, known[name], fs), known))
+    problems = []
+    for name in sorted(manifest.files if only is None else only):
+        record = manifest.files.get(name)
+        if record is None:
+            problems.append(_not_vouched_for(name, manifest))
+            continue
+        try:
+            problems += _differences(name, record, FileRecord(*fs.measure(folder / name)))
+        except FileNotFoundError:
+            problems.append(f"{name}: missing")
+        except OSError as cause:
+            problems.append(f"{name}: cannot be read: {cause}")
     if only is None:
         extra = sorted(set(fs.list_files(folder)) - set(manifest.files) - {MANIFEST})
         problems += [_not_vouched_for(name, manifest) for name in extra]
@@ -225,16 +224,6 @@ def _entry_problem(name: str, entry: Any) -> str | None:
     if not isinstance(entry["sha256"], str) or not _HEX.fullmatch(entry["sha256"]):
         return "sha256 must be 64 lower-case hexadecimal digits"
     return None
-
-
-def _compare(path: Path, name: str, expected: FileRecord, fs: FileSystem) -> list[str]:
-    """Return what is wrong with a file, every byte read."""
-    try:
-        return _differences(name, expected, FileRecord(*fs.measure(path)))
-    except FileNotFoundError:
-        return [f"{name}: missing"]
-    except OSError as cause:
-        return [f"{name}: cannot be read: {cause}"]
 
 
 def _differences(name: str, expected: FileRecord, got: FileRecord) -> list[str]:

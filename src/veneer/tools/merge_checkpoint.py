@@ -93,7 +93,7 @@ def merge_files(
         OutputError: If the folder exists, or the disk refuses. All is as it was then.
 
     Cost:
-        One pass over the files, which takes 1.3 to 1.5 times what copying them does, a quarter more with reading back
+        One pass over the files, which takes 1.2 to 1.5 times what copying them does, a tenth more with reading back
         (benchmarks/README.md). Memory: the adapters and some MB; the largest tensor a few times, where it cannot be
         changed a piece at a time: magnitudes, float32, rows of a table.
 
