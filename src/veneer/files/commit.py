@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from veneer.errors import DamagedArtefactError, OutputError, VeneerError
-from veneer.files.filesystem import REAL, Content, FileSystem, pieces_of
+from veneer.files.filesystem import NOT_GIVEN_BACK, REAL, Content, FileSystem, pieces_of
 from veneer.files.manifest import (
     MANIFEST,
     FileRecord,
@@ -47,7 +47,6 @@ _TEMPORARY = "tmp"
 _ASIDE = "old"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TRIES = 10
-_LYING = "the disk does not give back what was written to it"
 
 Read = TypeVar("Read")
 
@@ -314,14 +313,14 @@ def _read_back(target: Path, manifest: Manifest, write: Writer, known: Collectio
     if fs.list_files(target) != sorted([*manifest.files, MANIFEST]):
         problems.append("there are more or fewer files than were written")
     if problems:
-        raise DamagedArtefactError(f"{target}: {_LYING}", problems)
+        raise DamagedArtefactError(f"{target}: {NOT_GIVEN_BACK}", problems)
 
 
 def _verified(target: Path, names: Collection[str], fs: FileSystem) -> Manifest | None:
     try:
         return verify_folder(target, names, fs=fs)
     except DamagedArtefactError as error:
-        raise DamagedArtefactError(f"{target}: {_LYING}", error.problems) from None
+        raise DamagedArtefactError(f"{target}: {NOT_GIVEN_BACK}", error.problems) from None
 
 
 def _swap(temporary: Path, target: Path, replace: bool, fs: FileSystem, read_back: Callable[[], None]) -> None:

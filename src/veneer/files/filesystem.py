@@ -21,6 +21,9 @@ import numpy as np
 
 _CHUNK = 1 << 20
 
+NOT_GIVEN_BACK = "the disk does not give back what was written to it"
+"""What is said of a file or folder that does not read back as it was written."""
+
 Pieces = Sequence[bytes | memoryview]
 """What a file is to hold, one after another; they are never joined in memory."""
 

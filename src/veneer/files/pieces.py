@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from veneer.errors import DamagedArtefactError
-from veneer.files.filesystem import REAL, FileSystem
+from veneer.files.filesystem import NOT_GIVEN_BACK, REAL, FileSystem
 from veneer.files.manifest import FileRecord
 
 BLOCK = 1 << 20
@@ -175,4 +175,4 @@ def _same(one: memoryview, other: memoryview) -> bool:
 
 
 def _damaged(path: Path) -> DamagedArtefactError:
-    return DamagedArtefactError(f"{path}: the disk does not give back what was written to it")
+    return DamagedArtefactError(f"{path}: {NOT_GIVEN_BACK}")

@@ -4,7 +4,7 @@ Shapes: N rows, I in, O out, R rank, P a panel of the O rows of the weight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,11 @@ class FrozenWeight:
         """Yield the rows of `ratio · W + s B A`, all at once where nothing needs decoding.
 
         In 16 bits decoded numbers are scaled before they are rounded: else a ratio within half a digit of 1 is none.
+
+        Example:
+            >>> scaled = FrozenWeight(torch.Size([2, 1]), torch.ones(2, 1), ratio_O=torch.tensor([2.0, 3.0]))
+            >>> [W_PI.tolist() for _, W_PI in scaled.walk(torch.float32, None)]
+            [[[2.0], [3.0]]]
         """
         ratio_O = self.ratio_O
         if self.dense is not None:
@@ -95,17 +100,6 @@ class FrozenWeight:
                 if update is not None:
                     part_PI.addmm_(update.B_OR[rows], update.A_RI, alpha=update.scaling)
                 yield rows, part_PI
-
-
-def scaled_weight(weight: FrozenWeight, ratio_O: Tensor) -> FrozenWeight:
-    """Return `ratio · W`; with a factor scaled likewise the update costs no further pass.
-
-    Example:
-        >>> scaled = scaled_weight(FrozenWeight(torch.Size([2, 1]), torch.ones(2, 1)), torch.tensor([2.0, 3.0]))
-        >>> [W_PI.tolist() for _, W_PI in scaled.walk(torch.float32, None)]
-        [[[2.0], [3.0]]]
-    """
-    return replace(weight, ratio_O=ratio_O)
 
 
 def weight_product(weight: FrozenWeight, A_RI: Tensor) -> Tensor:

@@ -89,14 +89,15 @@ def gated_gradient(
     """
     dgate_NF, dup_NF = into
     stride, to_stride = _stride(gate_NF, up_NF, activation), _stride(dgate_NF, dup_NF, activation)
-    if stride is None or to_stride is None or not (native.suits(gate_NF, dout_NF, *into) and dout_NF.is_contiguous()):
-        torch.mul(activation.forward(gate_NF), dout_NF, out=dup_NF)
-        torch.mul(dout_NF, up_NF, out=dgate_NF)
-        activation.backward(dgate_NF, gate_NF, dgate_NF)
+    alike = native.suits(gate_NF, dout_NF, dgate_NF) and dout_NF.is_contiguous()
+    if stride is not None and to_stride is not None and alike:
+        size = gate_NF.shape[-1]
+        sizes = (dout_NF.numel() // size, size, stride, to_stride)
+        native.run(f"gate_gradient_{activation.kernel}", gate_NF, dout_NF, gate_NF, up_NF, dgate_NF, dup_NF, *sizes)
         return
-    size = gate_NF.shape[-1]
-    sizes = (dout_NF.numel() // size, size, stride, to_stride)
-    native.run(f"gate_gradient_{activation.kernel}", gate_NF, dout_NF, gate_NF, up_NF, dgate_NF, dup_NF, *sizes)
+    torch.mul(activation.forward(gate_NF), dout_NF, out=dup_NF)
+    torch.mul(dout_NF, up_NF, out=dgate_NF)
+    activation.backward(dgate_NF, gate_NF, dgate_NF)
 
 
 def _stride(gate_NF: Tensor, up_NF: Tensor, activation: Activation) -> int | None:

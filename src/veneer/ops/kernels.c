@@ -3,7 +3,7 @@
  *
  * Plain C with the vectors of GCC and Clang: nothing of Python's or torch's is included, and each function is compiled
  * for several processors, of which the loader of the system takes the best. Loops in parallel use the threads that torch
- * has, through the OpenMP that torch has loaded: nothing is linked here. Numbers of 16 bits are computed with in float32.
+ * has, through the OpenMP that torch has loaded: nothing is linked here.
  */
 #include <math.h>
 #include <stdint.h>

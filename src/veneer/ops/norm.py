@@ -40,7 +40,7 @@ def normalise(x_ND: Tensor, norm: RMSNorm, keep: Keep | None = None) -> tuple[Te
     """Return `x / rms(x) · gain` and `1 / rms(x)` of each row (N, 1); no gradient of its own."""
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     room_N1 = room(keep, (*x_ND.shape[:-1], 1), x_ND, dtype)
-    if _suits(x_ND, norm):
+    if _suits(norm, x_ND):
         y_ND, gain_D = torch.empty_like(x_ND), norm.gain(dtype)
         native.run("norm", x_ND, x_ND, gain_D, norm.epsilon, y_ND, room_N1, room_N1.numel(), len(gain_D))
         return y_ND, room_N1
@@ -52,15 +52,15 @@ def normalise(x_ND: Tensor, norm: RMSNorm, keep: Keep | None = None) -> tuple[Te
 
 def renormalise(x_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
     """Return the output again from what was kept."""
-    if _suits(x_ND, norm):
+    if _suits(norm, x_ND):
         y_ND, gain_D = torch.empty_like(x_ND), norm.gain(inverse_N1.dtype)
         native.run("norm_again", x_ND, x_ND, gain_D, inverse_N1, y_ND, inverse_N1.numel(), len(gain_D))
         return y_ND
     return _scaled(_wide(x_ND), inverse_N1, norm).to(x_ND.dtype)
 
 
-def _suits(x_ND: Tensor, norm: RMSNorm) -> bool:
-    return native.suits(x_ND) and x_ND.is_contiguous() and norm.weight_D.is_contiguous()
+def _suits(norm: RMSNorm, *rows: Tensor) -> bool:
+    return native.suits(*rows) and all(one.is_contiguous() for one in (norm.weight_D, *rows))
 
 
 def _scaled(wide_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
@@ -69,7 +69,7 @@ def _scaled(wide_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
 
 def norm_gradient(dy_ND: Tensor, x_ND: Tensor, inverse_N1: Tensor, norm: RMSNorm) -> Tensor:
     """Return the gradient of the input: `g / rms - x · Σ(g x) / (D rms³)` with `g = gain · dy`."""
-    if _suits(x_ND, norm) and native.suits(x_ND, dy_ND) and dy_ND.is_contiguous():
+    if _suits(norm, x_ND, dy_ND):
         dx_ND, gain_D = torch.empty_like(x_ND), norm.gain(inverse_N1.dtype)
         native.run("norm_gradient", x_ND, dy_ND, x_ND, gain_D, inverse_N1, dx_ND, inverse_N1.numel(), len(gain_D))
         return dx_ND

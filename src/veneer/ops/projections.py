@@ -19,7 +19,6 @@ from veneer.ops.frozen import (
     apply_transposed,
     apply_weight,
     down_products,
-    scaled_weight,
     update_of,
 )
 from veneer.ops.gates import Activation, gated, gated_gradient
@@ -92,7 +91,7 @@ class _Way(NamedTuple):
 
 def _way(one: Projection, x_NI: Tensor, trained: _Trained) -> _Way:
     A_RI, B_OR, ratio_O = trained
-    weight = one.weight if ratio_O is None else scaled_weight(one.weight, ratio_O)
+    weight = one.weight if ratio_O is None else replace(one.weight, ratio_O=ratio_O)
     if A_RI is None or B_OR is None:
         return _Way(weight, None)
     return _Way(weight, update_of(x_NI, A_RI, _times(B_OR, ratio_O), one.scaling, one.dropout))

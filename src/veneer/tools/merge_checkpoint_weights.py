@@ -136,8 +136,8 @@ class Update:
         rows: How many rows each matrix has.
 
     Cost:
-        2·O·I·R operations in float64, one pass over the weights with the kernels in C (`ops.native`), six times as long
-        without. The factors of one matrix are held in float64.
+        2·O·I·R operations in float64, one pass over the weights with the kernels in C (`ops.native`); a dozen times as
+        long without. The factors of one matrix are held in float64.
     """
 
     def __init__(self, path: str, dtype: torch.dtype, A_MRI: Tensor, B_MOR: Tensor, scaling: float, rows: int) -> None:
