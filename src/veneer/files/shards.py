@@ -209,8 +209,9 @@ def write_shard(
         OSError: If the disk refuses.
 
     Cost:
-        One pass over the bytes: read, hashed, edited, hashed, written, read back. Files that are not read
-        in their order are read twice. Memory: 4 MiB, three times that with lanes, or what an edit asks for at a time.
+        One pass over the bytes: read, hashed, edited, hashed, written, read back. Files that are not read in their
+        order are read twice. Memory: that of `write_pieces` and 4 MiB, three times that with lanes, or what an edit
+        asks for at a time.
 
     Example:
         write_shard(read_checkpoint("base"), "model.safetensors", Path("new/model.safetensors"), {})

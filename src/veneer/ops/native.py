@@ -67,7 +67,7 @@ def run(name: str, like: Tensor, *given: Tensor | int | float) -> None:
     """
     library = kernels()
     assert library is not None
-    library[f"{name}_{_SHORT[like.dtype]}"](*(_argument(one) for one in given))
+    getattr(library, f"{name}_{_SHORT[like.dtype]}")(*(_argument(one) for one in given))
 
 
 def _argument(one: Tensor | int | float) -> "ctypes._SimpleCData[Any]":
@@ -109,6 +109,6 @@ def add_low_rank(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_O
         return False
     if out_OI.dtype == torch.float32 or not (A_RI.dtype == B_OR.dtype == torch.float64):
         return False
-    function = library[f"add_low_rank_{_SHORT[W_OI.dtype]}_{_SHORT[out_OI.dtype]}"]
+    function = getattr(library, f"add_low_rank_{_SHORT[W_OI.dtype]}_{_SHORT[out_OI.dtype]}")
     given = (W_OI, A_RI, B_OR, float(scaling), out_OI, *out_OI.shape, A_RI.shape[0])
     return bool(function(*(_argument(one) for one in given)))
