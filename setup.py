@@ -5,14 +5,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = "src/veneer/ops/kernels.c"
-digest = hashlib.sha256(Path(SOURCE).read_bytes()).hexdigest()
+OPS = Path("src/veneer/ops")
+SOURCES, HEADERS = (sorted(map(str, OPS.glob(f"*.{end}"))) for end in "ch")
+digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sorted(SOURCES + HEADERS))).hexdigest()
 
 setup(
     ext_modules=[
         Extension(
             "veneer.ops.kernels",
-            [SOURCE],
+            SOURCES,
+            depends=HEADERS,
             define_macros=[("SOURCE", f'"{digest}"')],
             # Functions of OpenMP are left open: they are found in the one that torch has loaded.
             extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],

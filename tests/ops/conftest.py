@@ -4,7 +4,15 @@ import pytest
 
 from veneer.ops import native
 
-BOTH_WAYS = ("test_norm", "test_rotary", "test_gates", "test_projections", "test_lora", "test_experts")
+BOTH_WAYS = (
+    "test_norm",
+    "test_rotary",
+    "test_gates",
+    "test_projections",
+    "test_lora",
+    "test_experts",
+    "test_attention",
+)
 
 
 def pytest_generate_tests(metafunc):

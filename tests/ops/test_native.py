@@ -4,6 +4,7 @@ import ctypes
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,24 +51,30 @@ def close(fast, slow, dtype):
 
 def test_kernels_are_there_where_a_compiler_is():
     if sys.platform == "linux" and shutil.which("gcc"):
-        assert native.kernels() is not None, "reinstall (pip install -e .): kernels.c was not compiled, or has changed"
+        assert native.kernels() is not None, (
+            "reinstall (pip install -e .): the kernels were not compiled, or have changed"
+        )
         assert native.source() is not None
 
 
+@needs_kernels
 def test_kernels_of_another_source_are_not_used(monkeypatch, tmp_path):
-    changed = tmp_path / "kernels.c"
-    changed.write_bytes(native.SOURCE.read_bytes() + b"\n")
-    for path in native.SOURCE.parent.glob("kernels*.so"):
+    for path in (*native.SOURCES, *native.SOURCES[0].parent.glob("kernels*.so")):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(native, "SOURCE", changed)
-    assert native.kernels.__wrapped__() is None
-    changed.write_bytes(b"")
-    assert native.kernels.__wrapped__() is None
+    sources = native.SOURCES
+    copies = tuple(tmp_path / path.name for path in sources)
+    monkeypatch.setattr(native, "SOURCES", copies)
+    assert native.kernels.__wrapped__() is not None
+    for changed, path in zip(copies, sources, strict=True):
+        changed.write_bytes(path.read_bytes() + b"\n")
+        assert native.kernels.__wrapped__() is None
+        changed.write_bytes(b"")
+        assert native.kernels.__wrapped__() is None
+        shutil.copy(path, changed)
 
 
 def test_a_library_that_is_none_is_passed_over(monkeypatch, tmp_path):
-    (tmp_path / "kernels.c").write_text("")
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.c")
+    monkeypatch.setattr(native, "SOURCES", tuple(Path(shutil.copy(path, tmp_path)) for path in native.SOURCES))
     assert native.kernels.__wrapped__() is None
     (tmp_path / f"kernels{native.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     assert native.kernels.__wrapped__() is None

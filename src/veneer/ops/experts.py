@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.ops import reference
 from veneer.ops.lora import autocasting
-from veneer.ops.product import product_onto
+from veneer.ops.product import add_product, product_into, product_onto
 from veneer.ops.reference import rows_of_experts
 
 
@@ -43,10 +43,7 @@ class _LoRAExperts(torch.autograd.Function):
                 update_NO = torch.mm(z_NR * scaling, B_EOR[expert].T, out=y_NO)
                 y_SO[rows] = product_onto(update_NO, x_NI, W_EOI[expert], bias_O)
                 continue
-            if bias_O is None:
-                torch.mm(x_NI, W_EOI[expert].T, out=y_NO)
-            else:
-                torch.addmm(bias_O, x_NI, W_EOI[expert].T, out=y_NO)
+            product_into(y_NO, x_NI, W_EOI[expert], bias_O)
             y_NO.addmm_(z_NR, B_EOR[expert].T, alpha=scaling)
         return y_SO, z_SR
 
@@ -76,7 +73,7 @@ class _LoRAExperts(torch.autograd.Function):
             x_NI, dy_NO = x_SI[rows], dy_SO[rows]
             dz_NR = (dy_NO @ B_ERO[expert].T).mul_(ctx.scaling)
             if dx_SI is not None:
-                torch.mm(dz_NR, A_ERI[expert], out=dx_SI[rows]).addmm_(dy_NO, W_EOI[expert])
+                add_product(torch.mm(dz_NR, A_ERI[expert], out=dx_SI[rows]), dy_NO, W_EOI[expert].T)
             if dA_ERI is not None:
                 torch.mm(dz_NR.T, x_NI, out=dA_ERI[expert])
             if dB_ERO is not None:

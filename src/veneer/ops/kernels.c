@@ -9,12 +9,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "vectors.h"
+
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 /* What this was compiled from: a library of another source is not used. */
 const char *veneer_source(void) { return SOURCE; }
@@ -28,7 +29,6 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef _Float16 f16x8 __attribute__((vector_size(16)));
 
-#define AS(type, value) ({ __typeof__(value) from = (value); type to; memcpy(&to, &from, sizeof to); to; })
 
 INLINE f64x8 load_f64(const double *from) {
     f64x8 numbers;
@@ -157,11 +157,7 @@ ADD_LOW_RANK(f32, float, f16, _Float16)
 
 /* Training: sixteen numbers at a time, computed with in float32. Rows are divided among the threads that torch has; what
  * a thread does with its rows stands in a function of its own, as only such are compiled for several processors. */
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-#define LANES 16
 
 INLINE f32x16 read_f32(const float *from, int64_t count) {
     f32x16 numbers = {0};
@@ -301,25 +297,6 @@ int omp_get_thread_num(void);
         SHARE_ROWS(tokens, first, last, some_rotations_##name(                                                       \
             x, cos, sin, out, first, last, heads, size, turned, token_stride, head_stride, back))                    \
     }
-
-/* exp(x) to 1e-7: 2^n by the exponent's bits, and a polynomial for what is left of x / log 2 (Cephes, expf). */
-INLINE f32x16 exp_of(f32x16 x) {
-    const f32x16 most = (f32x16){0} + 88.0f, least = (f32x16){0} - 87.0f;
-    i32x16 above = AS(i32x16, most - x) >> 31, below = AS(i32x16, x - least) >> 31;
-    x = AS(f32x16, (AS(i32x16, x) & ~above & ~below) | (AS(i32x16, most) & above) | (AS(i32x16, least) & below));
-    f32x16 n = x * 1.44269504088896341f + 12582912.0f; /* its last bits are the nearest whole number */
-    i32x16 exponent = AS(i32x16, n) << 23;
-    n -= 12582912.0f;
-    x -= n * 0.693359375f;
-    x -= n * -2.12194440e-4f;
-    f32x16 y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1;
-    return AS(f32x16, AS(i32x16, y) + exponent);
-}
 
 /* A gate's function f(x) and its slope. */
 INLINE f32x16 silu(f32x16 x, f32x16 *slope) {

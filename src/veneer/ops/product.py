@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops import native
 from veneer.ops.keeping import Keep, room
-from veneer.ops.native import kernels
 
 
 def _find_onednn(form: str) -> Callable[..., Tensor] | None:
@@ -42,16 +42,17 @@ _ONEDNN_ONTO = _find_onednn("binary")
 IN_PASSING = 1.0
 """`share` of `merging_pays` where the weight is written anyway: decoded, or scaled."""
 
-BY_ITSELF = 1.0 if _ONEDNN is not None else 2.0 if kernels() is not None else 4.0
+BY_ITSELF = 1.0 if _ONEDNN is not None else 2.0 if native.kernels() is not None else 4.0
 """`share` of `merging_pays` where a copy of the weight is made for it: dear where skinny products are not."""
 
 
 def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep | None = None) -> Tensor:
     """Return `x Wᵀ + bias`, without a gradient of its own.
 
-    Equals `F.linear(x, W, bias)` up to rounding. In float32 on a CPU it goes to oneDNN where that is quicker than the
-    BLAS, which the processor's maker decides. Either side may be a transposed view, a small one best `laid_out`. A
-    product that sums over rows, `dYᵀ Z`, is best given as `sum_product(Z, dY).T`.
+    Equals `F.linear(x, W, bias)` up to rounding. In float32 on a CPU it goes to the processor's matrix tiles where it
+    has such, see `ops.native.multiply`, else to oneDNN where that is quicker than the BLAS, which its maker decides.
+    Either side may be a transposed view, a small one best `laid_out`. A product that sums over rows, `dYᵀ Z`, is best
+    given as `sum_product(Z, dY).T`.
 
     Args:
         x_NI: Left side.
@@ -63,12 +64,24 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep
         >>> product(torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
+    by_tiles = native.multiplies(x_NI, W_OI, bias_O)
     on_cpu = x_NI.device.type == "cpu" and x_NI.dtype == W_OI.dtype == torch.float32
-    if _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
+    if not by_tiles and _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
         return _ONEDNN(x_NI, W_OI, bias_O, "none", [], "")
-    if keep is None:
+    if not by_tiles and keep is None:
         return F.linear(x_NI, W_OI, bias_O)
-    out_NO = room(keep, (x_NI.shape[0], W_OI.shape[0]), x_NI)
+    return product_into(room(keep, (x_NI.shape[0], W_OI.shape[0]), x_NI), x_NI, W_OI, bias_O)
+
+
+def product_into(out_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Write `x Wᵀ + bias` into a tensor and return it, without a gradient; never by oneDNN, which writes elsewhere.
+
+    Example:
+        >>> product_into(torch.empty(2, 4), torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
+        [3.0, 3.0, 3.0, 3.0]
+    """
+    if native.multiplies(x_NI, W_OI, bias_O, out_NO):
+        return native.multiply(x_NI, W_OI, bias_O, out_NO)
     if bias_O is None:
         return torch.mm(x_NI, W_OI.T, out=out_NO)
     return torch.addmm(bias_O, x_NI, W_OI.T, out=out_NO)
@@ -94,11 +107,25 @@ def product_onto(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | N
         >>> product_onto(torch.full((1, 1), 2**-8).bfloat16(), x, W), product(x, W) + 2**-8
         (tensor([[1.0078]], dtype=torch.bfloat16), tensor([[1.]], dtype=torch.bfloat16))
     """
+    by_tiles = native.multiplies(x_NI, W_OI, bias_O, plus_NO)
     by_onednn = bias_O is not None or (_ONEDNN is not None and x_NI.dtype == torch.float32)
-    if by_onednn and _ONEDNN_ONTO is not None and x_NI.device.type == "cpu" and 0 not in (*x_NI.shape, *W_OI.shape):
+    on_cpu = x_NI.device.type == "cpu" and 0 not in (*x_NI.shape, *W_OI.shape)
+    if not by_tiles and by_onednn and _ONEDNN_ONTO is not None and on_cpu:
         return _ONEDNN_ONTO(x_NI, plus_NO, W_OI, bias_O, "add")
-    plus_NO.addmm_(x_NI, W_OI.T)
+    add_product(plus_NO, x_NI, W_OI)
     return plus_NO if bias_O is None else plus_NO.add_(bias_O)
+
+
+def add_product(sums_NO: Tensor, x_NI: Tensor, W_OI: Tensor) -> Tensor:
+    """Add `x Wᵀ` to a tensor and return it, without a gradient; never by oneDNN.
+
+    Example:
+        >>> add_product(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    if native.multiplies(x_NI, W_OI, sums_NO):
+        return native.multiply(x_NI, W_OI, None, sums_NO, onto=True)
+    return sums_NO.addmm_(x_NI, W_OI.T)
 
 
 def laid_out(view: Tensor) -> Tensor:

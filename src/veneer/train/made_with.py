@@ -44,6 +44,7 @@ def made_with(model: PreTrainedModel, data: PreparedData, config: RunConfig) -> 
         "num_threads": torch.get_num_threads(),
         "device": _device(model.device),
         "kernels": native.source() if model.device.type == "cpu" else None,
+        "tiles": native.has_tiles() if model.device.type == "cpu" else None,
     }
 
 

@@ -1,0 +1,165 @@
+/* Matrix tiles of Intel's processors (AMX), which multiply bfloat16 and sum float32, for matrices in float32.
+ *
+ * A float32 is the sum of three bfloat16 to the last bit, x = x0 + x1 + x2, each the rounding of what the ones before
+ * leave. Of the nine products of two such sums the six with i + j <= 2 are formed; the others are smaller than the last
+ * digit of a product. Sums are float32's, as everywhere. What comes out is as near to the exact product as any other
+ * float32 product, and each row of it depends on its own inputs alone, whatever the number of rows or threads. It is
+ * not the same where a number is infinite or larger than the largest bfloat16 (3.39e38): that gives no number; numbers
+ * below the smallest normal one count as zero.
+ *
+ * Henry, Tang, Heinecke 2019, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+ * Computations, arXiv:1904.06376, section II (three bfloat16, six products).
+ */
+#ifndef VENEER_TILES_H
+#define VENEER_TILES_H
+#include <stdint.h>
+#include <string.h>
+
+#include "vectors.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define HAS_TILES
+#endif
+#endif
+
+#ifdef HAS_TILES
+#include <immintrin.h>
+
+#define ON_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
+int omp_get_num_threads(void);
+int omp_get_thread_num(void);
+
+/* A tile has 16 rows of 64 bytes: 32 bfloat16 of a left side, 16 pairs of those of a right side, 16 float32 of a sum. */
+enum { TILE = 512, SIDE = 16, DEPTH = 32, PARTS = 3, BLOCK = 2 * SIDE, STEP = 2 * PARTS * TILE };
+static const struct {
+    uint8_t palette, start, unused[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} SHAPES __attribute__((aligned(64))) = {
+    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+/* 32 numbers as three vectors of bfloat16. */
+ON_TILES INLINE void split(__m512 low, __m512 high, __m512i parts[PARTS]) {
+    for (int i = 0; i < PARTS; i++) {
+        parts[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        __m512i low_bits = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[i]));
+        __m512i high_bits = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[i], 1));
+        low = _mm512_sub_ps(low, (__m512)_mm512_slli_epi32(low_bits, 16));
+        high = _mm512_sub_ps(high, (__m512)_mm512_slli_epi32(high_bits, 16));
+    }
+}
+
+/* Rows for columns, of 16 by 16 pairs. */
+ON_TILES INLINE void transpose(uint16_t *tile) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile + i * DEPTH);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_store_si512(tile + j * DEPTH, _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88));
+        _mm512_store_si512(tile + (j + 8) * DEPTH, _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd));
+    }
+}
+
+/* One side of a product: `count` vectors of `depth` numbers, which lie side by side or, `across`, `stride` apart. */
+typedef struct {
+    const float *at;
+    int64_t count, depth, stride;
+    int across, is_right;
+} Matrix;
+
+INLINE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+INLINE __mmask16 first_of(int64_t count) { return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1; }
+
+/* Up to 16 vectors from `first` on and 32 of their numbers from `from` on, as a tile for each part; zeros beyond. */
+ON_TILES INLINE void pack_tiles(const Matrix *side, int64_t first, int64_t from, uint16_t *tiles) {
+    static const uint16_t BY_PAIRS[32] __attribute__((aligned(64))) = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i by_pairs = _mm512_load_si512(BY_PAIRS);
+    const int64_t left = side->depth - from, stride = side->stride;
+    for (int64_t row = 0; row < SIDE; row++) {
+        __m512i parts[PARTS];
+        if (side->across) {
+            const float *at = side->at + (from + 2 * row) * stride + first;
+            __mmask16 some = first_of(side->count - first);
+            split(_mm512_maskz_loadu_ps(2 * row < left ? some : 0, at),
+                  _mm512_maskz_loadu_ps(2 * row + 1 < left ? some : 0, at + stride), parts);
+        } else {
+            const float *at = side->at + (first + row) * stride + from;
+            int is_there = first + row < side->count;
+            split(_mm512_maskz_loadu_ps(is_there ? first_of(left) : 0, at),
+                  _mm512_maskz_loadu_ps(is_there ? first_of(left - SIDE) : 0, at + SIDE), parts);
+        }
+        for (int i = 0; i < PARTS; i++)
+            _mm512_store_si512(tiles + i * TILE + row * DEPTH,
+                               side->across ? _mm512_permutexvar_epi16(by_pairs, parts[i]) : parts[i]);
+    }
+    if (side->across != side->is_right)
+        for (int i = 0; i < PARTS; i++) transpose(tiles + i * TILE);
+}
+
+/* A panel: 32 vectors, and for each step of 32 of their numbers two tiles of each part. */
+ON_TILES static void pack(const Matrix *side, int64_t panel, int64_t from, int64_t steps, uint16_t *to) {
+    for (int64_t step = 0; step < steps; step++, to += STEP)
+        for (int half = 0; half < 2; half++)
+            pack_tiles(side, panel * BLOCK + half * SIDE, from + step * DEPTH, to + half * PARTS * TILE);
+}
+
+/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. What comes next of both is
+ * asked for in time: the tiles of a step take longer to come than to be multiplied. */
+#define LOAD_LEFT(part)                                                                                              \
+    _tile_loadd(4, left + (part) * TILE, 64);                                                                        \
+    _tile_loadd(5, left + ((part) + PARTS) * TILE, 64);
+#define LOAD_RIGHT(part)                                                                                             \
+    _tile_loadd(6, right + (part) * TILE, 64);                                                                       \
+    _tile_loadd(7, right + ((part) + PARTS) * TILE, 64);
+#define FETCH(tile)                                                                                                  \
+    for (int line = 0; line < 8; line++) {                                                                           \
+        _mm_prefetch((const char *)(left + STEP + (tile) * TILE / 2 + line * DEPTH), _MM_HINT_T0);                   \
+        _mm_prefetch((const char *)(right + STEP + (tile) * TILE / 2 + line * DEPTH), _MM_HINT_T0);                  \
+    }
+#define MULTIPLY(number)                                                                                             \
+    _tile_dpbf16ps(0, 4, 6);                                                                                         \
+    FETCH(2 * (number))                                                                                              \
+    _tile_dpbf16ps(1, 4, 7);                                                                                         \
+    _tile_dpbf16ps(2, 5, 6);                                                                                         \
+    FETCH(2 * (number) + 1)                                                                                          \
+    _tile_dpbf16ps(3, 5, 7);
+ON_TILES INLINE void multiply_panels(
+    const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums, int64_t stride) {
+    _tile_loadd(0, begin, 0);
+    _tile_loadd(1, begin + SIDE, 0);
+    _tile_loadd(2, begin, 0);
+    _tile_loadd(3, begin + SIDE, 0);
+    for (; steps; steps--, left += STEP, right += STEP) {
+        LOAD_LEFT(0) LOAD_RIGHT(2) MULTIPLY(0)
+        LOAD_RIGHT(1) MULTIPLY(1)
+        LOAD_LEFT(1) MULTIPLY(2)
+        LOAD_RIGHT(0) MULTIPLY(3)
+        LOAD_LEFT(0) MULTIPLY(4)
+        LOAD_LEFT(2) MULTIPLY(5)
+    }
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + SIDE, stride * 4);
+    _tile_stored(2, sums + SIDE * stride, stride * 4);
+    _tile_stored(3, sums + SIDE * stride + SIDE, stride * 4);
+}
+
+INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+INLINE uint16_t *aligned(void *memory) { return (uint16_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
+#endif
+#endif
