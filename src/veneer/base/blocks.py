@@ -6,10 +6,12 @@ A layer is known by the names of its parts and proved by a probe: where the fast
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.base.ragged import ragged_attention_forward
@@ -60,7 +62,12 @@ LAYOUTS = (
 
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_GATES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 _HEAD_NORMS = ("q_norm", "k_norm")
+
+
+Anew = Callable[[], Keep]
+"""Gives room for what one layer computes and nobody keeps, the same for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +102,18 @@ class Block:
         sequence_lengths: tuple[int, ...],
         sequence_prefixes: tuple[int | None, ...] | None = None,
         keep: Keep | None = None,
+        gates_again: Anew | None = None,
     ) -> Tensor:
-        """Return what the layer makes of the rows of a ragged batch; `keep` gives room for what backward needs."""
+        """Return what the layer makes of the rows of a ragged batch.
+
+        `keep` gives room for what backward needs; with `gates_again`, which gives room too, gate and up are not kept
+        but computed again.
+        """
         x_TD = hidden_1TD.squeeze(0)  # a view both ways; an index would copy the gradient
         sequences = {"sequence_lengths": sequence_lengths, "sequence_prefixes": sequence_prefixes}
         out_TD = self._attention(x_TD, position_embeddings, sequences, keep)
         x_TD = kept_sum(x_TD, self._normed(out_TD, self.layout.after_attention, keep), keep)
-        out_TD = self._mlp(x_TD, keep)
+        out_TD = self._mlp(x_TD, keep) if gates_again is None else self._mlp_again(x_TD, keep, gates_again)
         return kept_sum(x_TD, self._normed(out_TD, self.layout.after_mlp, keep), keep)[None]
 
     def _norm(self, name: str | None) -> RMSNorm | None:
@@ -151,14 +163,30 @@ class Block:
         return project(out_TD, [projection], None, keep, kept)[0]
 
     def _mlp(self, x_TD: Tensor, keep: Keep | None) -> Tensor:
-        names = tuple(f"mlp.{name}" for name in _MLP_PARTS)
-        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, names[:2], keep, (0, 1))
-        down = self.part(names[2])
+        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, _GATES, keep, (0, 1))
+        down = self.part(_DOWN)
         projection = projection_of(down, gate_TF)
         if projection is None:
             return down(self.activation.forward(gate_TF) * up_TF)
-        behind = None if self._norm(self.layout.after_mlp) is None else keep
-        return gated_projection(gate_TF, up_TF, self.activation, projection, behind)
+        return gated_projection(gate_TF, up_TF, self.activation, projection, self._behind(keep))
+
+    def _behind(self, keep: Keep | None) -> Keep | None:
+        """Return where the output of the gated layers goes: a norm behind them keeps it."""
+        return None if self._norm(self.layout.after_mlp) is None else keep
+
+    def _mlp_again(self, x_TD: Tensor, keep: Keep | None, anew: Anew) -> Tensor:
+        """Do what `_mlp` does, keeping its input alone."""
+        gate, up, down = (projection_of(self.part(name), x_TD) for name in (*_GATES, _DOWN))
+        if gate is None or up is None or down is None:
+            return self._mlp(x_TD, keep)
+        calls = count()
+
+        def compute(x_TD: Tensor) -> Tensor:
+            known = next(calls) > 0  # the second time, backward asks for what this one keeps
+            gate_TF, up_TF = project(x_TD, (gate, up), self.norms[self.layout.mlp], anew(), (0, 1))
+            return gated_projection(gate_TF, up_TF, self.activation, down, self._behind(keep), filled=not known)
+
+        return checkpoint(compute, x_TD, use_reentrant=False, preserve_rng_state=False)
 
 
 def recognise(layer: nn.Module, options: Mapping[str, Any]) -> Block | None:
@@ -194,17 +222,21 @@ def _is_untouched(layer: nn.Module) -> bool:
 
 Forward = Callable[..., Any]
 
-Anew = Callable[[], Keep]
-"""Gives room for what one layer computes, the same for each."""
-
 
 def block_forward(
-    block: Block, own_forward: Forward, keep: Keep, anew: Anew, hidden_states: Tensor, *args: Any, **options: Any
+    block: Block,
+    own_forward: Forward,
+    keep: Keep,
+    anew: Anew,
+    hidden_states: Tensor,
+    *args: Any,
+    gates_again: bool = False,
+    **options: Any,
 ) -> Any:
     """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else.
 
     What a backward will need goes where `keep` gives room; in a layer that will be computed again that is its output,
-    and the rest goes where `anew` does.
+    and the rest goes where `anew` does, as do gate and up where these alone are computed again.
     """
     lengths = options.get("sequence_lengths")
     turns = options.get("position_embeddings")
@@ -219,7 +251,7 @@ def block_forward(
     layer = block.layer
     kept = keep if _has_backward(layer, hidden_states) else None
     if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training):
-        return block.forward(hidden_states, **given, keep=kept)
+        return block.forward(hidden_states, **given, keep=kept, gates_again=anew if gates_again and kept else None)
 
     def again(hidden_states: Tensor) -> Tensor:
         return block.forward(hidden_states, **given, keep=None if kept is None else anew())

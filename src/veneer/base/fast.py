@@ -46,7 +46,7 @@ class FastModules:
 
 
 @contextmanager
-def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
+def fast_modules(model: PreTrainedModel, *, gates_again: bool = False) -> Iterator[FastModules]:
     """Compute decoder layers and norms by our own functions within the block; afterwards the model is as it was.
 
     What a layer gives is proved before: on two short sequences, each layer that is replaced gave what it gives by
@@ -56,6 +56,7 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
 
     Args:
         model: A decoder of transformers, with an adapter attached or not.
+        gates_again: On a CPU, compute gates and what they multiply again in the backward rather than keep them.
 
     Yields:
         What was replaced, and what was left and why.
@@ -66,16 +67,17 @@ def fast_modules(model: PreTrainedModel) -> Iterator[FastModules]:
             loss = summed_loss(model, batch)
     """
     with ExitStack() as stack:
-        yield _install(model, stack)
+        yield _install(model, stack, gates_again=gates_again)
 
 
-def _install(model: PreTrainedModel, stack: ExitStack) -> FastModules:
+def _install(model: PreTrainedModel, stack: ExitStack, *, gates_again: bool) -> FastModules:
     blocks, left = _blocks(model, decoder_layers(model))
     activations, again = ActivationStack(), ActivationStack()
     if blocks:
         stack.callback(model.get_decoder().register_forward_pre_hook(partial(_begin, activations)).remove)
     for block in blocks.values():
-        forward = partial(block_forward, block, block.layer.forward, activations.empty, partial(_anew, again))
+        rooms = activations.empty, partial(_anew, again)
+        forward = partial(block_forward, block, block.layer.forward, *rooms, gates_again=gates_again)
         _replace(stack, block.layer, forward)
     norms = {}
     for path, module in model.named_modules():

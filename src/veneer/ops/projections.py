@@ -251,13 +251,17 @@ class _GatedProjection(torch.autograd.Function):
         activation: Activation,
         frozen: Projection,
         keep: Keep | None,
+        filled: bool,
         *flat: Tensor | None,
     ) -> Tensor:
         (trained,) = _each(flat)
-        h_NF = gated(gate_NF, up_NF, activation)
-        weight, update = _way(frozen, h_NF, trained)
         scaled = trained.ratio_O is not None
-        v_NO = apply_weight(h_NF, weight, None if scaled else frozen.bias, update, keep)
+        if filled or scaled:
+            h_NF = gated(gate_NF, up_NF, activation)
+            weight, update = _way(frozen, h_NF, trained)
+            v_NO = apply_weight(h_NF, weight, None if scaled else frozen.bias, update, keep)
+        else:
+            v_NO = gate_NF.new_empty(len(gate_NF), frozen.weight.shape[0])
         ctx.save_for_backward(gate_NF, up_NF, *flat, v_NO if scaled else None)
         ctx.activation, ctx.frozen = activation, frozen
         return _with_bias(v_NO, frozen.bias, keep) if scaled else v_NO
@@ -270,7 +274,7 @@ class _GatedProjection(torch.autograd.Function):
         weight, update = _way(ctx.frozen, gate_NF, trained)
         dz_NR = None if update is None else rank_gradient(dy_NO, update.B_OR, update.scaling)
         gradients = _NOTHING
-        if any(ctx.needs_input_grad[5:]):
+        if any(ctx.needs_input_grad[6:]):
             (found,) = _factor_gradients(gated(gate_NF, up_NF, ctx.activation), [dz_NR], [dy_NO], [update])
             gradients = _gradients(trained, found, dy_NO, v_NO)
         dgate_NF = dup_NF = None
@@ -278,11 +282,17 @@ class _GatedProjection(torch.autograd.Function):
             dh_NF = apply_transposed(dy_NO, weight, update, dz_NR)
             dgate_NF, dup_NF = dh_NF, torch.empty_like(dh_NF)
             gated_gradient(dh_NF, gate_NF, up_NF, ctx.activation, (dgate_NF, dup_NF))
-        return dgate_NF, dup_NF, None, None, None, *gradients
+        return dgate_NF, dup_NF, None, None, None, None, *gradients
 
 
 def gated_projection(
-    gate_NF: Tensor, up_NF: Tensor, activation: Activation, projection: Projection, keep: Keep | None = None
+    gate_NF: Tensor,
+    up_NF: Tensor,
+    activation: Activation,
+    projection: Projection,
+    keep: Keep | None = None,
+    *,
+    filled: bool = True,
 ) -> Tensor:
     """Apply a linear layer with its update to a gated input.
 
@@ -296,6 +306,7 @@ def gated_projection(
         activation: One of `ops.gates.ACTIVATIONS`.
         projection: The layer; weight and bias get no gradient.
         keep: Gives room for the output.
+        filled: False where the output is known, and only its backward is wanted: it is not computed then.
 
     Returns:
         Tensor (N, O). Differentiable once.
@@ -313,4 +324,6 @@ def gated_projection(
     Source:
         Shazeer 2020, arXiv:2002.05202, equation 5; the backward after the idea of Liger Kernel, arXiv:2410.10989.
     """
-    return _GatedProjection.apply(gate_NF, up_NF, activation, _frozen(projection), keep, *_trained([projection]))
+    return _GatedProjection.apply(
+        gate_NF, up_NF, activation, _frozen(projection), keep, filled, *_trained([projection])
+    )

@@ -14,7 +14,7 @@ from veneer.base.batching import Way, batching, find_way
 from veneer.base.fast import decoder_layers, fast_modules, plain_modules
 from veneer.config import TrainConfig
 from veneer.errors import ConfigError
-from veneer.ops.native import kernels
+from veneer.ops.native import has_tiles, kernels
 from veneer.train.allocator import kept_memory
 
 log = logging.getLogger("veneer")
@@ -48,7 +48,10 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(kept_memory())
             stack.enter_context(flushed_denormals())
             if not way.padded:
-                log.info("%s", stack.enter_context(fast_modules(model)))
+                again = _gates_again(model, settings)
+                log.info("%s", stack.enter_context(fast_modules(model, gates_again=again)))
+                if again:
+                    log.info("gates and what they multiply are computed again in the backward rather than kept")
             if model.device.type == "cpu" and kernels() is None:
                 log.info(
                     "the kernels in C were not compiled, torch computes in their place: install again where gcc is"
@@ -57,9 +60,16 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(plain_modules(model))
             stack.enter_context(heard(model))
             log.info("everything is computed by the plain reference (train.fast is false)")
-        if settings.checkpoint_activations:
+        if settings.checkpoint_activations is True:
             stack.enter_context(checkpointed(model))
         yield way
+
+
+def _gates_again(model: PreTrainedModel, settings: TrainConfig) -> bool:
+    """Tell whether gates are computed again: where products on matrix tiles cost little beside memory, or as asked."""
+    if settings.checkpoint_activations == "auto":
+        return has_tiles() and model.device.type == "cpu" and model.dtype == torch.float32
+    return settings.checkpoint_activations == "gates"
 
 
 @contextmanager
