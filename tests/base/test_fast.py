@@ -360,6 +360,40 @@ def test_layers_computed_again_share_one_room_and_keep_their_outputs(monkeypatch
     assert len(again.addresses) == 1  # nothing of a layer is in use when the next one is computed
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_dora": True}], ids=str)
+def test_gates_computed_again_are_the_same_and_not_kept(family, changes, monkeypatch):
+    stacks = []
+
+    class Watched(fast_ways.ActivationStack):
+        def __init__(self) -> None:
+            super().__init__()
+            stacks.append(self)
+
+    monkeypatch.setattr(fast_ways, "ActivationStack", Watched)
+    model = attached(model_of(*FAMILIES[family]), **changes).train()
+    found, taken = [], []
+    for gates_again in (False, True):
+        with ragged_attention(model), fast_modules(model, gates_again=gates_again) as fast:
+            torch.manual_seed(7)
+            loss = summed_loss(model, batch())
+            taken.append(stacks[-2]._taken)
+            found.append(gradients_of(model, loss))
+    assert all(torch.equal(*pair) for pair in zip(*(one.values() for one in found), strict=True))
+    gates = len(fast.blocks) * 2 * sum(LENGTHS) * SIZES["intermediate_size"] * 4
+    assert taken[0] - taken[1] >= 0.95 * gates
+
+
+def test_gates_that_train_whole_are_kept():
+    model = attached(model_of(*FAMILIES["llama"]), target_modules=["q_proj"]).train()
+    model.get_decoder().layers[0].mlp.down_proj.weight.requires_grad_()
+    found = []
+    for gates_again in (False, True):
+        with ragged_attention(model), fast_modules(model, gates_again=gates_again):
+            found.append(gradients_of(model, summed_loss(model, batch())))
+    assert all(torch.equal(*pair) for pair in zip(*(one.values() for one in found), strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("storage", ["plain", "int8", "nf4"])

@@ -14,6 +14,7 @@ from veneer.base.source import find_source
 from veneer.config import LoRAConfig, TrainConfig
 from veneer.errors import ConfigError
 from veneer.nn.attach import attach
+from veneer.train import ways
 from veneer.train.prepare import prepare_data, read_data
 from veneer.train.run import run
 from veneer.train.ways import checkpointed, computing
@@ -45,12 +46,36 @@ def test_layers_computed_again_give_the_same_bytes(make_run, caplog, monkeypatch
     monkeypatch.setattr(Block, "_mlp", lambda self, *x: calls.append(torch.is_grad_enabled()) or own(self, *x))
     caplog.set_level(logging.INFO, logger="veneer")
     adapter = {"target_modules": ["q_proj", "up_proj"], "dropout": dropout}
-    once = run(make_run("once", adapter))
+    once = run(make_run("once", adapter, checkpoint_activations=False))
     calls_once, calls[:] = sum(calls), []
     again = run(make_run("again", adapter, checkpoint_activations=True))
     assert sum(calls) == 2 * calls_once  # calls that record for a backward
     assert "activations of 2 layers are computed again" in messages(caplog)
     assert once.adapter.digest == again.adapter.digest
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dropout": 0.2}, {"use_dora": True}], ids=str)
+def test_gates_computed_again_give_the_same_bytes(make_run, caplog, adapter):
+    adapter = {"target_modules": ["q_proj", "up_proj", "down_proj"], **adapter}
+    caplog.set_level(logging.INFO, logger="veneer")
+    once = run(make_run("once", adapter, checkpoint_activations=False))
+    assert "computed again" not in messages(caplog)
+    again = run(make_run("again", adapter, checkpoint_activations="gates"))
+    assert "gates and what they multiply are computed again" in messages(caplog)
+    assert once.adapter.digest == again.adapter.digest
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_by_itself_gates_are_computed_again_where_tiles_are(tiny, monkeypatch, caplog, tiles):
+    monkeypatch.setattr(ways, "has_tiles", lambda: tiles)
+    caplog.set_level(logging.INFO, logger="veneer")
+    model = tiny()
+    attach(model, LoRAConfig(rank=2))
+    with computing(model, TrainConfig()):
+        assert ("computed again" in messages(caplog)) is tiles
+    caplog.clear()
+    with computing(model.bfloat16(), TrainConfig()):
+        assert "computed again" not in messages(caplog)
 
 
 def invocation_of(config) -> list[int]:

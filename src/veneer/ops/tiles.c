@@ -56,16 +56,16 @@ ON_TILES static void multiply_slice(
     const Matrix *held, const Matrix *taken, int64_t first_held, int64_t panels_held, int64_t from, int64_t steps,
     const Sums *out, uint16_t *memory, int64_t most_taken) {
     int64_t size = steps * STEP, panels = parts_of(taken->count, BLOCK), next = 0;
+    /* As many panels for each thread, and no more at a time than it has room for. */
     _Pragma("omp parallel") {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         for (int64_t i = thread; i < panels_held; i += threads) pack(held, first_held + i, from, steps, memory + i * size);
-        int64_t some = at_most(most_taken, parts_of(panels, threads));
+        int64_t parts = threads * parts_of(panels, threads * most_taken);
         uint16_t *own = memory + (panels_held + thread * most_taken) * size;
         _Pragma("omp barrier")
         _tile_loadconfig(&SHAPES);
-        for (;;) {
-            int64_t start = __atomic_fetch_add(&next, some, __ATOMIC_RELAXED), count = at_most(some, panels - start);
-            if (count <= 0) break;
+        for (int64_t part; (part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts;) {
+            int64_t start = part * panels / parts, count = (part + 1) * panels / parts - start;
             for (int64_t i = 0; i < count; i++) pack(taken, start + i, from, steps, own + i * size);
             for (int64_t i = 0; i < panels_held; i++)
                 for (int64_t j = 0; j < count; j++) {

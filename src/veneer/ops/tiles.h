@@ -26,7 +26,7 @@
 #ifdef HAS_TILES
 #include <immintrin.h>
 
-#define ON_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define ON_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,prfchw")))
 int omp_get_num_threads(void);
 int omp_get_thread_num(void);
 
@@ -119,8 +119,8 @@ ON_TILES static void pack(const Matrix *side, int64_t panel, int64_t from, int64
             pack_tiles(side, panel * BLOCK + half * SIDE, from + step * DEPTH, to + half * PARTS * TILE);
 }
 
-/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. What comes next of both is
- * asked for in time: the tiles of a step take longer to come than to be multiplied. */
+/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. Where sums go, and what comes
+ * next of both panels, is asked for in time: the tiles of a step take longer to come than to be multiplied. */
 #define LOAD_LEFT(part)                                                                                              \
     _tile_loadd(4, left + (part) * TILE, 64);                                                                        \
     _tile_loadd(5, left + ((part) + PARTS) * TILE, 64);
@@ -141,6 +141,10 @@ ON_TILES static void pack(const Matrix *side, int64_t panel, int64_t from, int64
     _tile_dpbf16ps(3, 5, 7);
 ON_TILES INLINE void multiply_panels(
     const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums, int64_t stride) {
+    for (int i = 0; i < BLOCK; i++) {
+        __builtin_prefetch(sums + i * stride, 1, 3);
+        __builtin_prefetch(sums + i * stride + SIDE, 1, 3);
+    }
     _tile_loadd(0, begin, 0);
     _tile_loadd(1, begin + SIDE, 0);
     _tile_loadd(2, begin, 0);
