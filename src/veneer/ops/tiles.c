@@ -59,14 +59,15 @@ ON_TILES static void multiply_slice(
     /* As many panels for each thread, and no more at a time than it has room for. */
     _Pragma("omp parallel") {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        for (int64_t i = thread; i < panels_held; i += threads) pack(held, first_held + i, from, steps, memory + i * size);
+        int64_t own_start = thread * panels_held / threads, own_stop = (thread + 1) * panels_held / threads;
+        pack(held, first_held + own_start, own_stop - own_start, from, steps, memory + own_start * size);
         int64_t parts = threads * parts_of(panels, threads * most_taken);
         uint16_t *own = memory + (panels_held + thread * most_taken) * size;
         _Pragma("omp barrier")
         _tile_loadconfig(&SHAPES);
         for (int64_t part; (part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts;) {
             int64_t start = part * panels / parts, count = (part + 1) * panels / parts - start;
-            for (int64_t i = 0; i < count; i++) pack(taken, start + i, from, steps, own + i * size);
+            pack(taken, start, count, from, steps, own);
             for (int64_t i = 0; i < panels_held; i++)
                 for (int64_t j = 0; j < count; j++) {
                     const uint16_t *one = memory + i * size, *other = own + j * size;

@@ -96,11 +96,15 @@ ON_TILES INLINE void pack_tiles(const Matrix *side, int64_t first, int64_t from,
         if (side->across) {
             const float *at = side->at + (from + 2 * row) * stride + first;
             __mmask16 some = first_of(side->count - first);
+            _mm_prefetch((const char *)(at + DEPTH * stride), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + (DEPTH + 1) * stride), _MM_HINT_T0);
             split(_mm512_maskz_loadu_ps(2 * row < left ? some : 0, at),
                   _mm512_maskz_loadu_ps(2 * row + 1 < left ? some : 0, at + stride), parts);
         } else {
             const float *at = side->at + (first + row) * stride + from;
             int is_there = first + row < side->count;
+            _mm_prefetch((const char *)(at + 2 * DEPTH), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + 2 * DEPTH + SIDE), _MM_HINT_T0);
             split(_mm512_maskz_loadu_ps(is_there ? first_of(left) : 0, at),
                   _mm512_maskz_loadu_ps(is_there ? first_of(left - SIDE) : 0, at + SIDE), parts);
         }
@@ -112,11 +116,15 @@ ON_TILES INLINE void pack_tiles(const Matrix *side, int64_t first, int64_t from,
         for (int i = 0; i < PARTS; i++) transpose(tiles + i * TILE);
 }
 
-/* A panel: 32 vectors, and for each step of 32 of their numbers two tiles of each part. */
-ON_TILES static void pack(const Matrix *side, int64_t panel, int64_t from, int64_t steps, uint16_t *to) {
-    for (int64_t step = 0; step < steps; step++, to += STEP)
+/* Panels: 32 vectors each, and for each step of 32 of their numbers two tiles of each part. What lies together is read
+ * together: a vector's numbers, or those of many vectors. */
+ON_TILES static void pack(const Matrix *side, int64_t first, int64_t panels, int64_t from, int64_t steps, uint16_t *to) {
+    for (int64_t i = 0; i < panels * steps; i++) {
+        int64_t panel = side->across ? i % panels : i / steps, step = side->across ? i / panels : i % steps;
         for (int half = 0; half < 2; half++)
-            pack_tiles(side, panel * BLOCK + half * SIDE, from + step * DEPTH, to + half * PARTS * TILE);
+            pack_tiles(side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
+                       to + (panel * steps + step) * STEP + half * PARTS * TILE);
+    }
 }
 
 /* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. Where sums go, and what comes

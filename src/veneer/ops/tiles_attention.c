@@ -32,7 +32,7 @@ INLINE Matrix side_of(const Rows *rows, int64_t token, int64_t head, int64_t tok
 }
 
 ON_TILES static void pack_all(Matrix side, uint16_t *to, int64_t steps) {
-    for (int64_t panel = 0; panel < parts_of(side.count, BLOCK); panel++) pack(&side, panel, 0, steps, to + panel * steps * STEP);
+    pack(&side, 0, parts_of(side.count, BLOCK), 0, steps, to);
 }
 
 /* sums (32, 32 for each panel of `right`) = left . right; onto adds them. */
@@ -159,8 +159,8 @@ ON_TILES static void attend_gradient_one(const Task *it, int64_t start, int64_t 
                 Matrix p_left = {scores, stride, BLOCK, stride, 1, 0}, ds_left = {dscores, stride, BLOCK, stride, 1, 0};
                 for (int64_t panel = 0; panel < last; panel++) {
                     uint16_t *to_p = p_across + (panel * count + n) * STEP, *to_ds = ds_across + (panel * count + n) * STEP;
-                    pack(&p_left, panel, 0, 1, to_p); /* zeros for keys that these queries do not see */
-                    pack(&ds_left, panel, 0, 1, to_ds);
+                    pack(&p_left, panel, 1, 0, 1, to_p); /* zeros for keys that these queries do not see */
+                    pack(&ds_left, panel, 1, 0, 1, to_ds);
                 }
             }
             for (int64_t panel = 0; panel < last; panel++) {
