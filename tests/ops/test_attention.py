@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from veneer.ops import attention, attention_blocks, attention_layout, reference
+from veneer.ops import attention, attention_blocks, attention_layout, attention_tiles, native, reference
 from veneer.ops.attention import causal_attention
 from veneer.ops.attention_blocks import cuts_of
 from veneer.ops.attention_layout import buckets_of, runs_of, spans_of
@@ -250,6 +250,7 @@ def test_16_bits_behind_a_prefix(monkeypatch, kernel_length, dtype, window):
 def test_what_goes_to_torchs_kernel(monkeypatch, dtype, window, expected):
     """What fits a window and is no shorter than its prefix: forward all of it, backward what is long."""
     asked = []
+    monkeypatch.setattr(native, "kernels", lambda: None)
     for way in ("forward", "backward"):
         for name in ("kernel", "blocks"):
             own = getattr(attention, f"_{name}_{way}")
@@ -264,6 +265,21 @@ def test_what_goes_to_torchs_kernel(monkeypatch, dtype, window, expected):
     asked.append("|")
     out.backward(d)
     assert " ".join(asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "threads", "even"),
+    [
+        ((100,), 2, 2, True),
+        ((100,), 1, 2, False),
+        ((100,), 3, 2, True),
+        ((100, 10, 10), 1, 2, False),
+        ((9,), 1, 1, True),
+    ],
+)
+def test_threads_do_not_wait_for_one_of_them(lengths, heads, threads, even):
+    scores = tuple(attention_tiles._scores(span) for span in spans_of(lengths))
+    assert attention_tiles._evenly(scores, heads, threads) is even
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=30))

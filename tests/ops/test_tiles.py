@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.ops.test_attention import drawn as drawn_rows
+from tests.ops.test_attention import each_alone, results, trees
 
-from veneer.ops import native
+from veneer.ops import attention_tiles, native
+from veneer.ops.attention import causal_attention
 from veneer.ops.product import add_product, product, product_into, product_onto
 
 pytestmark = pytest.mark.skipif(
@@ -132,3 +135,49 @@ def test_all_others_are_not(calls, monkeypatch):
         product(x, x)
     assert not calls
     assert not native.multiplies(x.to("meta"), x.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(tree=trees(), heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]), size=st.sampled_from([3, 16, 40, 70]))
+def test_tiles_equal_the_reference_behind_prefixes_and_without(dtype, tree, heads, size):
+    lengths, prefixes = tree
+    places = torch.arange(sum(lengths)).split(lengths)
+    befores = [places[prefix] if prefix is not None else places[0][:0] for prefix in prefixes]
+    rows = torch.cat([torch.cat(pair) for pair in zip(befores, places, strict=True)])
+    own = torch.cat([torch.arange(len(p) + len(b)) >= len(b) for b, p in zip(befores, places, strict=True)])
+    sizes = [len(before) + len(part) for before, part in zip(befores, places, strict=True)]
+    given = drawn_rows(sum(lengths), *heads, size, dtype)
+    expected = results(
+        lambda *x: each_alone(sizes, 0.3, None)(*(one[rows] for one in x))[own], *(one.double() for one in given)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_tiles, "MOST_UNEVEN", torch.inf)
+        asked = []
+        on_tiles = native.on_tiles
+        patch.setattr(native, "on_tiles", lambda name, *x: asked.append(name) or on_tiles(name, *x))
+        got = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=0.3), *given)
+    assert asked == ["attend", "attend_gradient"]
+    unit = {torch.float32: 2**-20, torch.bfloat16: 2**-8}[dtype]
+    for ours, exact in zip(got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).norm() <= unit * exact.norm() + 1e-6
+
+
+def test_a_sequence_does_not_feel_another_nor_what_comes_later():
+    lengths, prefixes, first = (70, 60, 50, 40), (None, 0, 0, None), slice(70, 130)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = drawn_rows(sum(lengths), 2, 2, 16, dtype)
+        calm = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=1.0), *rows)
+        for one in rows:
+            one[first] = torch.nan
+        felt = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=1.0), *rows)
+        for ours, before in zip(felt, calm, strict=True):
+            assert torch.equal(ours[130:], before[130:])
+            assert ours[first].isnan().any()
+        assert torch.equal(felt[0][:70], calm[0][:70])
+        later = [one.clone() for one in rows[:3]]
+        for one in later:
+            one[200] = 7.0  # of the last sequence
+        out = causal_attention(*later, lengths, prefixes, scaling=1.0)
+        assert torch.equal(out[180:200], felt[0][180:200])
+        assert not torch.equal(out[200:], felt[0][200:])

@@ -1,6 +1,7 @@
-"""Causal attention in float32 on the processor's matrix tiles: scores never leave the caches.
+"""Causal attention on the processor's matrix tiles: scores never leave the caches.
 
-Shapes: T tokens of all sequences, H query heads, K key heads, E head size.
+Shapes: T tokens of all sequences, H query heads, K key heads, E head size, A tokens of all prefixes, each counted for
+every sequence that continues it.
 """
 
 import heapq
@@ -19,50 +20,84 @@ MOST_UNEVEN = 1.5
 
 
 def chosen(spans: Sequence[Span], given: Parts, window: int | None) -> list[Span]:
-    """Return the sequences that are computed here, the longest first: all that continue none and see all before them.
+    """Return the sequences that are computed here, those with most to do first: all that see all before them.
 
-    None where there are no tiles, for other dtypes than float32, and where threads would wait for one of them.
+    None where there are no tiles, for other dtypes than float32 and bfloat16, and where threads would wait for one of
+    them.
 
     Example:
         >>> one = torch.ones(2, 1, 8, dtype=torch.float64)
         >>> chosen([Span(slice(0, 2))], (one, one, one), None)
         []
     """
-    fits = all(one.dtype == torch.float32 and one.device.type == "cpu" and one.stride(-1) == 1 for one in given)
-    if not fits or not native.has_tiles():
+    if not native.suits(*given) or not native.has_tiles():
         return []
-    own = [span for span in spans if span.before is None and (window is None or window >= span.length)]
-    own.sort(key=lambda span: -span.length)
-    key_heads = given[1].shape[1]
-    return own if _evenly(tuple(span.length for span in own), key_heads, torch.get_num_threads()) else []
+    own = [span for span in spans if window is None or window >= span.before_length + span.length]
+    own.sort(key=lambda span: -_scores(span))
+    scores = tuple(_scores(span) for span in own)
+    return own if _evenly(scores, given[1].shape[1], torch.get_num_threads()) else []
+
+
+def _scores(span: Span) -> int:
+    """Return twice the number of scores of a sequence."""
+    return span.length * (2 * span.before_length + span.length)
 
 
 @lru_cache(maxsize=256)
-def _evenly(lengths: tuple[int, ...], heads: int, threads: int) -> bool:
-    """Tell whether threads that take what comes next, the longest first, end nearly together."""
-    busy = [0.0] * threads
-    for length in lengths:
+def _evenly(scores: tuple[int, ...], heads: int, threads: int) -> bool:
+    """Tell whether threads that take what comes next, the most first, end nearly together."""
+    busy = [0] * threads
+    for count in scores:
         for _ in range(heads):
-            heapq.heapreplace(busy, busy[0] + length * length)
+            heapq.heapreplace(busy, busy[0] + count)
     return threads * max(busy) <= MOST_UNEVEN * sum(busy)
 
 
 def forward(given: Parts, out_THE: Tensor, spans: Sequence[Span], scaling: float) -> None:
-    """Write the outputs of some sequences, the longest first."""
+    """Write the outputs of some sequences."""
     if spans:
-        _call("attend", (*given, out_THE), spans, given, scaling)
+        native.on_tiles("attend", out_THE, *_rows(*given, out_THE), *_sizes(given, spans, scaling))
 
 
 def backward(given: Parts, dout_THE: Tensor, wanted: Parts, spans: Sequence[Span], scaling: float) -> None:
-    """Write the gradients of queries, keys and values of some sequences; scores are computed again."""
-    if spans:
-        dout_THE = dout_THE if dout_THE.stride(-1) == 1 else dout_THE.contiguous()
-        _call("attend_gradient", (*given, dout_THE, *wanted), spans, given, scaling)
+    """Write the gradients of queries, keys and values of some sequences; scores are computed again.
+
+    A prefix that is among them has its own gradient before those who continue it add to it.
+    """
+    if not spans:
+        return
+    dout_THE = dout_THE if dout_THE.stride(-1) == 1 else dout_THE.contiguous()
+    before = sum(span.before_length for span in spans)
+    dk_AKE, dv_AKE = aside = [torch.empty(before, *given[1].shape[1:]) for _ in range(2)]
+    sizes = _sizes(given, spans, scaling)
+    native.on_tiles("attend_gradient", dout_THE, *_rows(*given, dout_THE, *wanted), dk_AKE, dv_AKE, *sizes)
+    for whole_TKE, part_AKE in zip(wanted[1:], aside, strict=True):
+        _add_prefixes(whole_TKE, part_AKE, spans)
 
 
-def _call(name: str, tensors: Sequence[Tensor], spans: Sequence[Span], given: Parts, scaling: float) -> None:
-    rows = [part for one in tensors for part in (one, one.stride(0), one.stride(1))]
-    starts, lengths = torch.tensor([[span.rows.start for span in spans], [span.length for span in spans]])
+def _add_prefixes(whole_TKE: Tensor, part_AKE: Tensor, spans: Sequence[Span]) -> None:
+    """Add to the gradient of each prefix what came aside for it, in float32, rounded once."""
+    found: dict[tuple[int, int], Tensor] = {}
+    at = 0
+    for span in spans:
+        if span.before is not None:
+            part_PKE, key = part_AKE[at : at + span.before_length], (span.before.start, span.before.stop)
+            found[key] = found[key] + part_PKE if key in found else part_PKE
+            at += span.before_length
+    for (start, stop), sum_PKE in found.items():
+        whole_TKE[start:stop] += sum_PKE
+
+
+def _rows(*tensors: Tensor) -> list[Tensor | int]:
+    return [part for one in tensors for part in (one, one.stride(0), one.stride(1))]
+
+
+def _sizes(given: Parts, spans: Sequence[Span], scaling: float) -> tuple[Tensor | int | float, ...]:
+    """Return where sequences and their prefixes stand, and what all have in common."""
+    places, aside = [], 0
+    for span in spans:
+        before = 0 if span.before is None else span.before.start
+        places.append((span.rows.start, span.length, before, span.before_length, aside))
+        aside += span.before_length
     (_, heads, size), group = given[0].shape, given[0].shape[1] // given[1].shape[1]
-    sizes = (len(spans), heads, group, size, float(scaling), torch.get_num_threads())
-    native.on_tiles(name, *rows, starts, lengths, *sizes)
+    return torch.tensor(places), len(spans), heads, group, size, float(scaling)

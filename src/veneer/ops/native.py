@@ -158,21 +158,23 @@ def multiply(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, out_NO: Tensor, 
     assert sides[0] is not None
     assert sides[1] is not None
     bias: Tensor | int = 0 if bias_O is None else bias_O
-    sizes = (out_NO.stride(0), int(onto), len(x_NI), len(W_OI), x_NI.shape[1], torch.get_num_threads())
+    sizes = (out_NO.stride(0), int(onto), len(x_NI), len(W_OI), x_NI.shape[1])
     given = (x_NI, *sides[0], W_OI, *sides[1], bias, out_NO, *sizes)
-    on_tiles("multiply", *given)
+    on_tiles("multiply", out_NO, *given)
     return out_NO
 
 
-def on_tiles(name: str, *given: Tensor | int | float) -> None:
-    """Call a kernel that uses matrix tiles; what is given must be what it takes, which nobody checks.
+def on_tiles(name: str, like: Tensor, *given: Tensor | int | float) -> None:
+    """Call a kernel that uses matrix tiles, for the dtype of a tensor; what is given must be what it takes.
+
+    Nobody checks that.
 
     Raises:
         MemoryError: If there was none for the parts of its numbers.
     """
     library = kernels()
     assert library is not None
-    if not getattr(library, f"{name}_f32")(*(_argument(one) for one in given)):
+    if not getattr(library, f"{name}_{_SHORT[like.dtype]}")(*(_argument(one) for one in given)):
         raise MemoryError(f"no memory to {name} in parts of bfloat16")
 
 

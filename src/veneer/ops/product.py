@@ -42,7 +42,7 @@ _ONEDNN_ONTO = _find_onednn("binary")
 IN_PASSING = 1.0
 """`share` of `merging_pays` where the weight is written anyway: decoded, or scaled."""
 
-BY_ITSELF = 1.0 if _ONEDNN is not None else 2.0 if native.kernels() is not None else 4.0
+BY_ITSELF = 1.0 if _ONEDNN is not None else 2.5 if native.kernels() is not None else 4.0
 """`share` of `merging_pays` where a copy of the weight is made for it: dear where skinny products are not."""
 
 

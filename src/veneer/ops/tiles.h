@@ -27,11 +27,14 @@
 #include <immintrin.h>
 
 #define ON_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,prfchw")))
+int omp_get_max_threads(void);
 int omp_get_num_threads(void);
 int omp_get_thread_num(void);
 
-/* A tile has 16 rows of 64 bytes: 32 bfloat16 of a left side, 16 pairs of those of a right side, 16 float32 of a sum. */
-enum { TILE = 512, SIDE = 16, DEPTH = 32, PARTS = 3, BLOCK = 2 * SIDE, STEP = 2 * PARTS * TILE };
+/* A tile has 16 rows of 64 bytes: 32 bfloat16 of a left side, 16 pairs of those of a right side, 16 float32 of a sum.
+ * Numbers are worked with in `parts` of bfloat16: three for float32, one for bfloat16 itself. */
+enum { TILE = 512, SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE, MOST_PARTS = 3 };
+#define STEP(parts) (2 * (parts) * TILE)
 static const struct {
     uint8_t palette, start, unused[14];
     uint16_t row_bytes[16];
@@ -39,12 +42,12 @@ static const struct {
 } SHAPES __attribute__((aligned(64))) = {
     1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* 32 numbers as three vectors of bfloat16. */
-ON_TILES INLINE void split(__m512 low, __m512 high, __m512i parts[PARTS]) {
-    for (int i = 0; i < PARTS; i++) {
-        parts[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        __m512i low_bits = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[i]));
-        __m512i high_bits = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[i], 1));
+/* 32 numbers as vectors of bfloat16, each the rounding of what the ones before leave. */
+ON_TILES INLINE void split(int parts, __m512 low, __m512 high, __m512i out[MOST_PARTS]) {
+    for (int i = 0; i < parts; i++) {
+        out[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        __m512i low_bits = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(out[i]));
+        __m512i high_bits = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(out[i], 1));
         low = _mm512_sub_ps(low, (__m512)_mm512_slli_epi32(low_bits, 16));
         high = _mm512_sub_ps(high, (__m512)_mm512_slli_epi32(high_bits, 16));
     }
@@ -75,55 +78,68 @@ ON_TILES INLINE void transpose(uint16_t *tile) {
     }
 }
 
-/* One side of a product: `count` vectors of `depth` numbers, which lie side by side or, `across`, `stride` apart. */
+/* One side of a product: `count` vectors of `depth` numbers, float32 or `narrow`, which lie side by side or, `across`,
+ * `stride` apart. */
 typedef struct {
-    const float *at;
+    const void *at;
     int64_t count, depth, stride;
-    int across, is_right;
+    int across, is_right, narrow;
 } Matrix;
 
 INLINE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
 INLINE __mmask16 first_of(int64_t count) { return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1; }
 
+/* Up to 16 numbers from each of two places in memory, in parts; what is read next is asked for. */
+ON_TILES INLINE void read_two(
+    int parts, int narrow, const void *at, int64_t one, __mmask16 some, int64_t other, __mmask16 more, int64_t next,
+    __m512i out[MOST_PARTS]) {
+    if (narrow) {
+        const uint16_t *numbers = at;
+        _mm_prefetch((const char *)(numbers + one + next), _MM_HINT_T0);
+        __m256i low = _mm256_maskz_loadu_epi16(some, numbers + one), high = _mm256_maskz_loadu_epi16(more, numbers + other);
+        out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    } else {
+        const float *numbers = at;
+        _mm_prefetch((const char *)(numbers + one + next), _MM_HINT_T0);
+        _mm_prefetch((const char *)(numbers + other + next), _MM_HINT_T0);
+        split(parts, _mm512_maskz_loadu_ps(some, numbers + one), _mm512_maskz_loadu_ps(more, numbers + other), out);
+    }
+}
+
 /* Up to 16 vectors from `first` on and 32 of their numbers from `from` on, as a tile for each part; zeros beyond. */
-ON_TILES INLINE void pack_tiles(const Matrix *side, int64_t first, int64_t from, uint16_t *tiles) {
+ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, int64_t from, uint16_t *tiles) {
     static const uint16_t BY_PAIRS[32] __attribute__((aligned(64))) = {
         0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i by_pairs = _mm512_load_si512(BY_PAIRS);
     const int64_t left = side->depth - from, stride = side->stride;
     for (int64_t row = 0; row < SIDE; row++) {
-        __m512i parts[PARTS];
+        __m512i out[MOST_PARTS] = {0};
         if (side->across) {
-            const float *at = side->at + (from + 2 * row) * stride + first;
+            int64_t at = (from + 2 * row) * stride + first;
             __mmask16 some = first_of(side->count - first);
-            _mm_prefetch((const char *)(at + DEPTH * stride), _MM_HINT_T0);
-            _mm_prefetch((const char *)(at + (DEPTH + 1) * stride), _MM_HINT_T0);
-            split(_mm512_maskz_loadu_ps(2 * row < left ? some : 0, at),
-                  _mm512_maskz_loadu_ps(2 * row + 1 < left ? some : 0, at + stride), parts);
+            read_two(parts, side->narrow, side->at, at, 2 * row < left ? some : 0, at + stride,
+                     2 * row + 1 < left ? some : 0, DEPTH * stride, out);
         } else {
-            const float *at = side->at + (first + row) * stride + from;
-            int is_there = first + row < side->count;
-            _mm_prefetch((const char *)(at + 2 * DEPTH), _MM_HINT_T0);
-            _mm_prefetch((const char *)(at + 2 * DEPTH + SIDE), _MM_HINT_T0);
-            split(_mm512_maskz_loadu_ps(is_there ? first_of(left) : 0, at),
-                  _mm512_maskz_loadu_ps(is_there ? first_of(left - SIDE) : 0, at + SIDE), parts);
+            int64_t at = (first + row) * stride + from, there = first + row < side->count ? left : 0;
+            read_two(parts, side->narrow, side->at, at, first_of(there), at + SIDE, first_of(there - SIDE), 2 * DEPTH, out);
         }
-        for (int i = 0; i < PARTS; i++)
+        for (int i = 0; i < parts; i++)
             _mm512_store_si512(tiles + i * TILE + row * DEPTH,
-                               side->across ? _mm512_permutexvar_epi16(by_pairs, parts[i]) : parts[i]);
+                               side->across ? _mm512_permutexvar_epi16(by_pairs, out[i]) : out[i]);
     }
     if (side->across != side->is_right)
-        for (int i = 0; i < PARTS; i++) transpose(tiles + i * TILE);
+        for (int i = 0; i < parts; i++) transpose(tiles + i * TILE);
 }
 
 /* Panels: 32 vectors each, and for each step of 32 of their numbers two tiles of each part. What lies together is read
  * together: a vector's numbers, or those of many vectors. */
-ON_TILES static void pack(const Matrix *side, int64_t first, int64_t panels, int64_t from, int64_t steps, uint16_t *to) {
+ON_TILES INLINE void pack(
+    int parts, const Matrix *side, int64_t first, int64_t panels, int64_t from, int64_t steps, uint16_t *to) {
     for (int64_t i = 0; i < panels * steps; i++) {
         int64_t panel = side->across ? i % panels : i / steps, step = side->across ? i / panels : i % steps;
         for (int half = 0; half < 2; half++)
-            pack_tiles(side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
-                       to + (panel * steps + step) * STEP + half * PARTS * TILE);
+            pack_tiles(parts, side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
+                       to + (panel * steps + step) * STEP(parts) + half * parts * TILE);
     }
 }
 
@@ -131,14 +147,14 @@ ON_TILES static void pack(const Matrix *side, int64_t first, int64_t panels, int
  * next of both panels, is asked for in time: the tiles of a step take longer to come than to be multiplied. */
 #define LOAD_LEFT(part)                                                                                              \
     _tile_loadd(4, left + (part) * TILE, 64);                                                                        \
-    _tile_loadd(5, left + ((part) + PARTS) * TILE, 64);
+    _tile_loadd(5, left + ((part) + parts) * TILE, 64);
 #define LOAD_RIGHT(part)                                                                                             \
     _tile_loadd(6, right + (part) * TILE, 64);                                                                       \
-    _tile_loadd(7, right + ((part) + PARTS) * TILE, 64);
-#define FETCH(tile)                                                                                                  \
+    _tile_loadd(7, right + ((part) + parts) * TILE, 64);
+#define FETCH(half)                                                                                                  \
     for (int line = 0; line < 8; line++) {                                                                           \
-        _mm_prefetch((const char *)(left + STEP + (tile) * TILE / 2 + line * DEPTH), _MM_HINT_T0);                   \
-        _mm_prefetch((const char *)(right + STEP + (tile) * TILE / 2 + line * DEPTH), _MM_HINT_T0);                  \
+        _mm_prefetch((const char *)(left + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);            \
+        _mm_prefetch((const char *)(right + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);           \
     }
 #define MULTIPLY(number)                                                                                             \
     _tile_dpbf16ps(0, 4, 6);                                                                                         \
@@ -148,7 +164,7 @@ ON_TILES static void pack(const Matrix *side, int64_t first, int64_t panels, int
     FETCH(2 * (number) + 1)                                                                                          \
     _tile_dpbf16ps(3, 5, 7);
 ON_TILES INLINE void multiply_panels(
-    const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums, int64_t stride) {
+    int parts, const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums, int64_t stride) {
     for (int i = 0; i < BLOCK; i++) {
         __builtin_prefetch(sums + i * stride, 1, 3);
         __builtin_prefetch(sums + i * stride + SIDE, 1, 3);
@@ -157,13 +173,17 @@ ON_TILES INLINE void multiply_panels(
     _tile_loadd(1, begin + SIDE, 0);
     _tile_loadd(2, begin, 0);
     _tile_loadd(3, begin + SIDE, 0);
-    for (; steps; steps--, left += STEP, right += STEP) {
-        LOAD_LEFT(0) LOAD_RIGHT(2) MULTIPLY(0)
-        LOAD_RIGHT(1) MULTIPLY(1)
-        LOAD_LEFT(1) MULTIPLY(2)
-        LOAD_RIGHT(0) MULTIPLY(3)
-        LOAD_LEFT(0) MULTIPLY(4)
-        LOAD_LEFT(2) MULTIPLY(5)
+    for (; steps; steps--, left += STEP(parts), right += STEP(parts)) {
+        if (parts == 1) {
+            LOAD_LEFT(0) LOAD_RIGHT(0) MULTIPLY(0) FETCH(2) FETCH(3)
+        } else {
+            LOAD_LEFT(0) LOAD_RIGHT(2) MULTIPLY(0)
+            LOAD_RIGHT(1) MULTIPLY(1)
+            LOAD_LEFT(1) MULTIPLY(2)
+            LOAD_RIGHT(0) MULTIPLY(3)
+            LOAD_LEFT(0) MULTIPLY(4)
+            LOAD_LEFT(2) MULTIPLY(5)
+        }
     }
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + SIDE, stride * 4);

@@ -1,48 +1,82 @@
-/* Causal attention in float32 on matrix tiles: the scores of a few queries at a time, which never leave the caches.
+/* Causal attention on matrix tiles: the scores of a few queries at a time, which never leave the caches.
  *
- * Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2. Differs: queries see all of their keys at once, so
- * that nothing is rescaled; the backward computes sums of exponentials again, and needs no output.
+ * float32 is computed in three parts, bfloat16 in one, with scores, sums and softmax in float32. Dao 2023,
+ * FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2. Differs: queries see all of their keys at once, so that
+ * nothing is rescaled; the backward computes sums of exponentials again, and needs no output.
  */
 #include "tiles.h"
 
 #ifndef HAS_TILES
-int attend_f32(void) { return 0; }
-int attend_gradient_f32(void) { return 0; }
+#define NONE(name) int name(void) { return 0; }
+NONE(attend_f32)
+NONE(attend_bf16)
+NONE(attend_gradient_f32)
+NONE(attend_gradient_bf16)
 #else
 #include <math.h>
 #include <stdlib.h>
 
 /* Rows of tokens (tokens, heads, size), the numbers of a head side by side. */
 typedef struct {
-    float *at;
+    void *at;
     int64_t token, head;
 } Rows;
 
-/* What all sequences have in common: of `heads` every `group` share one of keys and values. */
+/* A sequence's own rows, those of the one that it continues, and where the gradients of these are put aside. */
+typedef struct {
+    int64_t start, length, before, before_length, aside;
+} Span;
+
+/* What all sequences have in common: of `heads` every `group` share one of keys and values. Gradients of keys and values
+ * that are put aside are float32, (tokens, key heads, size). */
 typedef struct {
     Rows q, k, v, out, dout, dq, dk, dv;
+    float *dk_aside, *dv_aside;
     int64_t heads, group, size;
     float scaling;
 } Task;
 
-/* Some tokens of a head as one side of a product: a vector for each token or, `across`, for each of its numbers. */
-INLINE Matrix side_of(const Rows *rows, int64_t token, int64_t head, int64_t tokens, int64_t size, int across, int is_right) {
-    const float *at = rows->at + token * rows->token + head * rows->head;
-    return (Matrix){at, across ? size : tokens, across ? tokens : size, rows->token, across, is_right};
+INLINE int width_of(int parts) { return parts == 1 ? sizeof(uint16_t) : sizeof(float); }
+
+INLINE void *row_of(int parts, const Rows *rows, int64_t token, int64_t head) {
+    return (char *)rows->at + (token * rows->token + head * rows->head) * width_of(parts);
 }
 
-ON_TILES static void pack_all(Matrix side, uint16_t *to, int64_t steps) {
-    pack(&side, 0, parts_of(side.count, BLOCK), 0, steps, to);
+/* Numbers in float32 times a factor, to a row. */
+ON_TILES INLINE void write_row(int parts, void *to, const float *from, float factor, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        __mmask16 some = first_of(size - i);
+        __m512 numbers = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + i), _mm512_set1_ps(factor));
+        if (parts == 1) _mm256_mask_storeu_epi16((uint16_t *)to + i, some, (__m256i)_mm512_cvtneps_pbh(numbers));
+        else _mm512_mask_storeu_ps((float *)to + i, some, numbers);
+    }
+}
+
+/* Some rows of a head as one side of a product: a vector for each token or, `across`, for each of its numbers. */
+INLINE Matrix side_of(int parts, const void *at, int64_t stride, int64_t tokens, int64_t size, int across, int is_right) {
+    return (Matrix){at, across ? size : tokens, across ? tokens : size, stride, across, is_right, parts == 1};
+}
+
+ON_TILES INLINE void pack_all(int parts, Matrix side, uint16_t *to, int64_t steps) {
+    pack(parts, &side, 0, parts_of(side.count, BLOCK), 0, steps, to);
+}
+
+/* The rows of a head that the queries of a span see, one after another: those before its own, and these. */
+ON_TILES INLINE void gather(int parts, const Rows *rows, const Span *span, int64_t head, int64_t size, void *to) {
+    const int64_t bytes = size * width_of(parts);
+    char *at = to;
+    for (int64_t i = 0; i < span->before_length; i++, at += bytes) memcpy(at, row_of(parts, rows, span->before + i, head), bytes);
+    for (int64_t i = 0; i < span->length; i++, at += bytes) memcpy(at, row_of(parts, rows, span->start + i, head), bytes);
 }
 
 /* sums (32, 32 for each panel of `right`) = left . right; onto adds them. */
-ON_TILES static void multiply_all(
-    const uint16_t *left, const uint16_t *right, int64_t panels, int64_t panel_steps, int64_t steps, float *sums, int64_t stride,
-    int onto) {
+ON_TILES INLINE void multiply_all(
+    int parts, const uint16_t *left, const uint16_t *right, int64_t panels, int64_t panel_steps, int64_t steps, float *sums,
+    int64_t stride, int onto) {
     static const float zeros[BLOCK] __attribute__((aligned(64)));
     float whole[BLOCK * BLOCK] __attribute__((aligned(64)));
-    for (int64_t panel = 0; panel < panels; panel++, right += panel_steps * STEP, sums += BLOCK) {
-        multiply_panels(left, right, steps, zeros, onto ? whole : sums, onto ? BLOCK : stride);
+    for (int64_t panel = 0; panel < panels; panel++, right += panel_steps * STEP(parts), sums += BLOCK) {
+        multiply_panels(parts, left, right, steps, zeros, onto ? whole : sums, onto ? BLOCK : stride);
         if (!onto) continue;
         for (int64_t i = 0; i < BLOCK; i++)
             for (int64_t j = 0; j < BLOCK; j++) sums[i * stride + j] += whole[i * BLOCK + j];
@@ -79,147 +113,191 @@ ON_TILES static float exponentials(float *scores, int64_t seen, int64_t all, flo
 typedef struct {
     char *at;
 } Room;
-INLINE void *take(Room *room, int64_t numbers, int64_t bytes) {
+INLINE void *take(Room *room, int64_t bytes) {
     void *taken = room->at;
-    room->at += (numbers * bytes + 63) / 64 * 64;
+    room->at += (bytes + 63) / 64 * 64;
     return taken;
 }
-#define TAKE_TILES(panels, steps) take(&room, (panels) * (steps) * STEP, sizeof(uint16_t))
-#define TAKE_SUMS(rows, columns) take(&room, (rows) * (columns), sizeof(float))
 
-/* One sequence and the heads of one of keys. */
-ON_TILES static void attend_one(const Task *it, int64_t start, int64_t length, int64_t key_head, Room room) {
-    const int64_t keys = parts_of(length, BLOCK), deep = parts_of(it->size, BLOCK), wide = deep * BLOCK;
-    uint16_t *k = TAKE_TILES(keys, deep), *v = TAKE_TILES(deep, keys), *q = TAKE_TILES(1, deep), *p = TAKE_TILES(1, keys);
-    float *scores = TAKE_SUMS(BLOCK, keys * BLOCK), *out = TAKE_SUMS(BLOCK, wide);
-    pack_all(side_of(&it->k, start, key_head, length, it->size, 0, 1), k, deep);
-    pack_all(side_of(&it->v, start, key_head, length, it->size, 1, 1), v, keys);
+/* Queries whose scores are worked on together in the backward: their keys' gradients are summed up at once. */
+INLINE int64_t together(int parts) { return parts == 1 ? 8 : 2; }
+
+/* What a span needs: of keys, values, a block of queries and of their gradients, and of scores. */
+typedef struct {
+    int64_t before, keys, deep, wide;
+    uint16_t *k, *v, *k_across, *q, *dout, *p, *q_across, *dout_across, *p_across, *ds_across;
+    float *scores, *dscores, *out, *dk, *dv;
+    void *k_rows, *v_rows;
+} Desk;
+
+INLINE Desk desk_of(int parts, const Task *it, const Span *span, int gradient, Room *room) {
+    const int64_t all = span->before_length + span->length, keys = parts_of(all, BLOCK), deep = parts_of(it->size, BLOCK);
+    const int64_t step = STEP(parts) * sizeof(uint16_t), some = together(parts), wide = deep * BLOCK, sums = sizeof(float) * BLOCK;
+    Desk desk = {.before = span->before_length, .keys = keys, .deep = deep, .wide = wide};
+    desk.k = take(room, keys * deep * step), desk.v = take(room, keys * deep * step);
+    desk.q = take(room, deep * step), desk.p = take(room, keys * step);
+    desk.scores = take(room, keys * BLOCK * sums), desk.out = take(room, wide * sums);
+    desk.k_rows = take(room, all * it->size * width_of(parts)), desk.v_rows = take(room, all * it->size * width_of(parts));
+    if (gradient) {
+        desk.k_across = take(room, keys * deep * step), desk.dout = take(room, deep * step);
+        desk.q_across = take(room, some * deep * step), desk.dout_across = take(room, some * deep * step);
+        desk.p_across = take(room, some * keys * step), desk.ds_across = take(room, some * keys * step);
+        desk.dscores = take(room, keys * BLOCK * sums);
+        desk.dk = take(room, keys * wide * sums), desk.dv = take(room, keys * wide * sums);
+    }
+    take(room, step); /* the last panel fetches beyond its end */
+    return desk;
+}
+
+/* One span and the heads of one of keys. */
+ON_TILES INLINE void attend_one(int parts, const Task *it, const Span *span, int64_t key_head, Room room) {
+    const int64_t size = it->size, all = span->before_length + span->length;
+    const Desk at = desk_of(parts, it, span, 0, &room);
+    gather(parts, &it->k, span, key_head, size, at.k_rows);
+    gather(parts, &it->v, span, key_head, size, at.v_rows);
+    pack_all(parts, side_of(parts, at.k_rows, size, all, size, 0, 1), at.k, at.deep);
+    pack_all(parts, side_of(parts, at.v_rows, size, all, size, 1, 1), at.v, at.keys);
     for (int64_t head = key_head * it->group; head < (key_head + 1) * it->group; head++)
-        for (int64_t block = 0; block < keys; block++) {
-            const int64_t first = block * BLOCK, rows = at_most(length - first, BLOCK), seen = block + 1;
+        for (int64_t first = 0; first < span->length; first += BLOCK) {
+            const int64_t rows = at_most(span->length - first, BLOCK), last = at.before + first;
+            const int64_t seen = parts_of(last + rows, BLOCK), stride = seen * BLOCK;
             float sum[BLOCK];
-            pack_all(side_of(&it->q, start + first, head, rows, it->size, 0, 0), q, deep);
-            multiply_all(q, k, seen, deep, deep, scores, seen * BLOCK, 0);
+            const void *q = row_of(parts, &it->q, span->start + first, head);
+            pack_all(parts, side_of(parts, q, it->q.token, rows, size, 0, 0), at.q, at.deep);
+            multiply_all(parts, at.q, at.k, seen, at.deep, at.deep, at.scores, stride, 0);
             for (int64_t i = 0; i < BLOCK; i++)
-                sum[i] = exponentials(scores + i * seen * BLOCK, i < rows ? first + i + 1 : 0, seen * BLOCK, it->scaling);
-            pack_all((Matrix){scores, BLOCK, seen * BLOCK, seen * BLOCK, 0, 0}, p, seen);
-            multiply_all(p, v, deep, keys, seen, out, wide, 0);
-            for (int64_t i = 0; i < rows; i++) {
-                float *to = it->out.at + (start + first + i) * it->out.token + head * it->out.head, share = 1 / sum[i];
-                for (int64_t j = 0; j < it->size; j++) to[j] = out[i * wide + j] * share;
-            }
+                sum[i] = exponentials(at.scores + i * stride, i < rows ? last + i + 1 : 0, stride, it->scaling);
+            pack_all(parts, (Matrix){at.scores, BLOCK, stride, stride, 0, 0, 0}, at.p, seen);
+            multiply_all(parts, at.p, at.v, at.deep, at.keys, seen, at.out, at.wide, 0);
+            for (int64_t i = 0; i < rows; i++)
+                write_row(parts, row_of(parts, &it->out, span->start + first + i, head), at.out + i * at.wide, 1 / sum[i], size);
         }
 }
 
-/* Queries whose scores are worked on together in the backward: so many panels' sums over queries are formed at once. */
-enum { TOGETHER = 2 };
+/* Scores become probabilities and their gradients those of the scores: ds = p (dp - sum(p dp)) scaling. */
+ON_TILES INLINE void softmax_gradient(float *scores, float *dscores, int64_t seen, int64_t all, float scaling) {
+    float sum = exponentials(scores, seen, all, scaling), share = seen ? 1 / sum : 0;
+    f32x16 *p = (f32x16 *)scores, *d = (f32x16 *)dscores, dots = {0};
+    for (int64_t j = 0; j < all / LANES; j++) {
+        p[j] *= share;
+        dots += p[j] * d[j];
+    }
+    float dot = _mm512_reduce_add_ps((__m512)dots);
+    for (int64_t j = 0; j < all / LANES; j++) d[j] = p[j] * (d[j] - dot) * scaling;
+}
 
-ON_TILES static void attend_gradient_one(const Task *it, int64_t start, int64_t length, int64_t key_head, Room room) {
-    const int64_t keys = parts_of(length, BLOCK), deep = parts_of(it->size, BLOCK), wide = deep * BLOCK;
-    const int64_t size = it->size;
-    uint16_t *k = TAKE_TILES(keys, deep), *v = TAKE_TILES(keys, deep), *k_across = TAKE_TILES(deep, keys);
-    uint16_t *q = TAKE_TILES(1, deep), *dout = TAKE_TILES(1, deep), *ds = TAKE_TILES(1, keys);
-    uint16_t *q_across = TAKE_TILES(deep, TOGETHER), *dout_across = TAKE_TILES(deep, TOGETHER);
-    uint16_t *p_across = TAKE_TILES(keys, TOGETHER), *ds_across = TAKE_TILES(keys, TOGETHER);
-    float *scores = TAKE_SUMS(BLOCK, keys * BLOCK), *dscores = TAKE_SUMS(BLOCK, keys * BLOCK), *dq = TAKE_SUMS(BLOCK, wide);
-    float *dk = TAKE_SUMS(keys * BLOCK, wide), *dv = TAKE_SUMS(keys * BLOCK, wide);
-    memset(dk, 0, keys * BLOCK * wide * sizeof *dk);
-    memset(dv, 0, keys * BLOCK * wide * sizeof *dv);
-    pack_all(side_of(&it->k, start, key_head, length, size, 0, 1), k, deep);
-    pack_all(side_of(&it->v, start, key_head, length, size, 0, 1), v, deep);
-    pack_all(side_of(&it->k, start, key_head, length, size, 1, 1), k_across, keys);
+ON_TILES INLINE void attend_gradient_one(int parts, const Task *it, const Span *span, int64_t key_head, Room room) {
+    const int64_t size = it->size, all = span->before_length + span->length, step = STEP(parts);
+    const Desk at = desk_of(parts, it, span, 1, &room);
+    memset(at.dk, 0, at.keys * BLOCK * at.wide * sizeof *at.dk);
+    memset(at.dv, 0, at.keys * BLOCK * at.wide * sizeof *at.dv);
+    gather(parts, &it->k, span, key_head, size, at.k_rows);
+    gather(parts, &it->v, span, key_head, size, at.v_rows);
+    pack_all(parts, side_of(parts, at.k_rows, size, all, size, 0, 1), at.k, at.deep);
+    pack_all(parts, side_of(parts, at.v_rows, size, all, size, 0, 1), at.v, at.deep);
+    pack_all(parts, side_of(parts, at.k_rows, size, all, size, 1, 1), at.k_across, at.keys);
     for (int64_t head = key_head * it->group; head < (key_head + 1) * it->group; head++)
-        for (int64_t blocks = 0; blocks < keys; blocks += TOGETHER) {
-            const int64_t begin = start + blocks * BLOCK, count = at_most(keys - blocks, TOGETHER), last = blocks + count;
-            const int64_t tokens = at_most(length - blocks * BLOCK, count * BLOCK);
-            pack_all(side_of(&it->q, begin, head, tokens, size, 1, 1), q_across, count);
-            pack_all(side_of(&it->dout, begin, head, tokens, size, 1, 1), dout_across, count);
+        for (int64_t begin = 0; begin < span->length; begin += together(parts) * BLOCK) {
+            const int64_t tokens = at_most(span->length - begin, together(parts) * BLOCK), count = parts_of(tokens, BLOCK);
+            const int64_t panels = parts_of(at.before + begin + tokens, BLOCK);
+            const void *q = row_of(parts, &it->q, span->start + begin, head);
+            const void *dout = row_of(parts, &it->dout, span->start + begin, head);
+            pack_all(parts, side_of(parts, q, it->q.token, tokens, size, 1, 1), at.q_across, count);
+            pack_all(parts, side_of(parts, dout, it->dout.token, tokens, size, 1, 1), at.dout_across, count);
             for (int64_t n = 0; n < count; n++) {
-                const int64_t block = blocks + n, first = block * BLOCK, rows = at_most(length - first, BLOCK), seen = block + 1;
-                const int64_t stride = seen * BLOCK;
-                pack_all(side_of(&it->q, start + first, head, rows, size, 0, 0), q, deep);
-                pack_all(side_of(&it->dout, start + first, head, rows, size, 0, 0), dout, deep);
-                multiply_all(q, k, seen, deep, deep, scores, stride, 0);
-                multiply_all(dout, v, seen, deep, deep, dscores, stride, 0);
-                for (int64_t i = 0; i < BLOCK; i++) {
-                    float sum = exponentials(scores + i * stride, i < rows ? first + i + 1 : 0, stride, it->scaling);
-                    f32x16 *p = (f32x16 *)(scores + i * stride), *d = (f32x16 *)(dscores + i * stride), dots = {0};
-                    float share = i < rows ? 1 / sum : 0;
-                    for (int64_t j = 0; j < stride / LANES; j++) {
-                        p[j] *= share;
-                        dots += p[j] * d[j];
-                    }
-                    float dot = _mm512_reduce_add_ps((__m512)dots);
-                    for (int64_t j = 0; j < stride / LANES; j++) d[j] = p[j] * (d[j] - dot) * it->scaling;
-                }
-                pack_all((Matrix){dscores, BLOCK, stride, stride, 0, 0}, ds, seen);
-                multiply_all(ds, k_across, deep, keys, seen, dq, wide, 0);
+                const int64_t first = begin + n * BLOCK, rows = at_most(span->length - first, BLOCK), last = at.before + first;
+                const int64_t seen = parts_of(last + rows, BLOCK), stride = seen * BLOCK;
+                q = row_of(parts, &it->q, span->start + first, head);
+                dout = row_of(parts, &it->dout, span->start + first, head);
+                pack_all(parts, side_of(parts, q, it->q.token, rows, size, 0, 0), at.q, at.deep);
+                pack_all(parts, side_of(parts, dout, it->dout.token, rows, size, 0, 0), at.dout, at.deep);
+                multiply_all(parts, at.q, at.k, seen, at.deep, at.deep, at.scores, stride, 0);
+                multiply_all(parts, at.dout, at.v, seen, at.deep, at.deep, at.dscores, stride, 0);
+                for (int64_t i = 0; i < BLOCK; i++)
+                    softmax_gradient(at.scores + i * stride, at.dscores + i * stride, i < rows ? last + i + 1 : 0, stride, it->scaling);
+                pack_all(parts, (Matrix){at.dscores, BLOCK, stride, stride, 0, 0, 0}, at.p, seen);
+                multiply_all(parts, at.p, at.k_across, at.deep, at.keys, seen, at.out, at.wide, 0);
                 for (int64_t i = 0; i < rows; i++)
-                    memcpy(it->dq.at + (start + first + i) * it->dq.token + head * it->dq.head, dq + i * wide, size * sizeof *dq);
-                Matrix p_left = {scores, stride, BLOCK, stride, 1, 0}, ds_left = {dscores, stride, BLOCK, stride, 1, 0};
-                for (int64_t panel = 0; panel < last; panel++) {
-                    uint16_t *to_p = p_across + (panel * count + n) * STEP, *to_ds = ds_across + (panel * count + n) * STEP;
-                    pack(&p_left, panel, 1, 0, 1, to_p); /* zeros for keys that these queries do not see */
-                    pack(&ds_left, panel, 1, 0, 1, to_ds);
+                    write_row(parts, row_of(parts, &it->dq, span->start + first + i, head), at.out + i * at.wide, 1, size);
+                const Matrix p = {at.scores, stride, BLOCK, stride, 1, 0, 0}, ds = {at.dscores, stride, BLOCK, stride, 1, 0, 0};
+                for (int64_t panel = 0; panel < panels; panel++) { /* zeros for keys that these queries do not see */
+                    pack(parts, &p, panel, 1, 0, 1, at.p_across + (panel * count + n) * step);
+                    pack(parts, &ds, panel, 1, 0, 1, at.ds_across + (panel * count + n) * step);
                 }
             }
-            for (int64_t panel = 0; panel < last; panel++) {
-                const int64_t at = panel * BLOCK * wide;
-                multiply_all(p_across + panel * count * STEP, dout_across, deep, count, count, dv + at, wide, 1);
-                multiply_all(ds_across + panel * count * STEP, q_across, deep, count, count, dk + at, wide, 1);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const int64_t to = panel * BLOCK * at.wide, from = panel * count * step;
+                multiply_all(parts, at.p_across + from, at.dout_across, at.deep, count, count, at.dv + to, at.wide, 1);
+                multiply_all(parts, at.ds_across + from, at.q_across, at.deep, count, count, at.dk + to, at.wide, 1);
             }
         }
-    for (int64_t i = 0; i < length; i++) {
-        memcpy(it->dk.at + (start + i) * it->dk.token + key_head * it->dk.head, dk + i * wide, size * sizeof *dk);
-        memcpy(it->dv.at + (start + i) * it->dv.token + key_head * it->dv.head, dv + i * wide, size * sizeof *dv);
+    for (int64_t i = 0; i < all; i++) {
+        const int64_t own = span->start + i - at.before, aside = ((span->aside + i) * (it->heads / it->group) + key_head) * size;
+        const int is_own = i >= at.before;
+        write_row(is_own ? parts : MOST_PARTS, is_own ? row_of(parts, &it->dk, own, key_head) : it->dk_aside + aside, at.dk + i * at.wide, 1, size);
+        write_row(is_own ? parts : MOST_PARTS, is_own ? row_of(parts, &it->dv, own, key_head) : it->dv_aside + aside, at.dv + i * at.wide, 1, size);
     }
 }
 
-/* What one thread needs for the longest sequence, with what panels are fetched beyond their end. */
-INLINE int64_t room_for(int64_t length, int64_t size) {
-    int64_t keys = parts_of(length, BLOCK), deep = parts_of(size, BLOCK);
-    int64_t tiles = 3 * keys * deep + keys + 2 * deep + 2 * TOGETHER * (deep + keys) + 1;
-    int64_t sums = 2 * BLOCK * keys * BLOCK + (2 * keys + 1) * BLOCK * deep * BLOCK;
-    return tiles * STEP * 2 + sums * 4 + 64;
-}
+typedef void One(const Task *it, const Span *span, int64_t key_head, Room room);
+ON_TILES static void attend_one_f32(const Task *it, const Span *span, int64_t head, Room room) { attend_one(3, it, span, head, room); }
+ON_TILES static void attend_one_bf16(const Task *it, const Span *span, int64_t head, Room room) { attend_one(1, it, span, head, room); }
+ON_TILES static void gradient_one_f32(const Task *it, const Span *span, int64_t head, Room room) { attend_gradient_one(3, it, span, head, room); }
+ON_TILES static void gradient_one_bf16(const Task *it, const Span *span, int64_t head, Room room) { attend_gradient_one(1, it, span, head, room); }
 
-/* Sequences, the longest first, and heads of keys are taken by whoever is free. */
-ON_TILES static int attend_each(
-    const Task *it, const int64_t *starts, const int64_t *lengths, int64_t count, int64_t threads, int gradient) {
-    int64_t each = room_for(lengths[0], it->size), key_heads = it->heads / it->group, next = 0;
+/* Sequences, those with most to do first, and heads of keys are taken by whoever is free. Tells whether there was memory. */
+ON_TILES static int attend_each(int parts, const Task *it, const Span *spans, int64_t count, int gradient) {
+    const int64_t threads = omp_get_max_threads();
+    int64_t each = 0, key_heads = it->heads / it->group, next = 0;
+    for (int64_t i = 0; i < count; i++) {
+        Room room = {0};
+        desk_of(parts, it, spans + i, gradient, &room);
+        if (room.at - (char *)0 > each) each = room.at - (char *)0;
+    }
+    One *one = parts == 1 ? gradient ? gradient_one_bf16 : attend_one_bf16 : gradient ? gradient_one_f32 : attend_one_f32;
     char *memory = malloc(threads * each + 64);
     if (!memory) return 0;
     _Pragma("omp parallel") {
-        Room room = {(char *)aligned(memory) + omp_get_thread_num() * (each / 64 * 64)};
+        Room room = {(char *)aligned(memory) + omp_get_thread_num() * each};
         _tile_loadconfig(&SHAPES);
-        for (int64_t one; (one = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count * key_heads;)
-            (gradient ? attend_gradient_one : attend_one)(it, starts[one / key_heads], lengths[one / key_heads], one % key_heads, room);
+        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count * key_heads;)
+            one(it, spans + i / key_heads, i % key_heads, room);
         _tile_release();
     }
     free(memory);
     return 1;
 }
 
-/* out = softmax(scaling * q k^T + mask) v for each sequence; q and out are (tokens, heads, size), k and v have a head for
- * every `group` of those. Tells whether there was memory for it. */
-int attend_f32(
-    float *q, int64_t q_token, int64_t q_head, float *k, int64_t k_token, int64_t k_head, float *v, int64_t v_token,
-    int64_t v_head, float *out, int64_t out_token, int64_t out_head, const int64_t *starts, const int64_t *lengths, int64_t count,
-    int64_t heads, int64_t group, int64_t size, double scaling, int64_t threads) {
-    Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},
-               .out = {out, out_token, out_head}, .heads = heads, .group = group, .size = size, .scaling = scaling};
-    return attend_each(&it, starts, lengths, count, threads, 0);
-}
+/* out = softmax(scaling * q k^T + mask) v for each span; q and out are (tokens, heads, size), k and v have a head for
+ * every `group` of those. */
+#define ATTEND(name, parts)                                                                                          \
+    int attend_##name(                                                                                               \
+        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token,\
+        int64_t v_head, void *out, int64_t out_token, int64_t out_head, const Span *spans, int64_t count,            \
+        int64_t heads, int64_t group, int64_t size, double scaling) {                               \
+        Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},                  \
+                   .out = {out, out_token, out_head}, .heads = heads, .group = group, .size = size,                  \
+                   .scaling = scaling};                                                                              \
+        return attend_each(parts, &it, spans, count, 0);                                                    \
+    }
 
 /* dq, dk and dv of dout. */
-int attend_gradient_f32(
-    float *q, int64_t q_token, int64_t q_head, float *k, int64_t k_token, int64_t k_head, float *v, int64_t v_token,
-    int64_t v_head, float *dout, int64_t dout_token, int64_t dout_head, float *dq, int64_t dq_token, int64_t dq_head, float *dk,
-    int64_t dk_token, int64_t dk_head, float *dv, int64_t dv_token, int64_t dv_head, const int64_t *starts,
-    const int64_t *lengths, int64_t count, int64_t heads, int64_t group, int64_t size, double scaling, int64_t threads) {
-    Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},
-               .dout = {dout, dout_token, dout_head}, .dq = {dq, dq_token, dq_head}, .dk = {dk, dk_token, dk_head},
-               .dv = {dv, dv_token, dv_head}, .heads = heads, .group = group, .size = size, .scaling = scaling};
-    return attend_each(&it, starts, lengths, count, threads, 1);
-}
+#define ATTEND_GRADIENT(name, parts)                                                                                 \
+    int attend_gradient_##name(                                                                                      \
+        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token,\
+        int64_t v_head, void *dout, int64_t dout_token, int64_t dout_head, void *dq, int64_t dq_token,               \
+        int64_t dq_head, void *dk, int64_t dk_token, int64_t dk_head, void *dv, int64_t dv_token, int64_t dv_head,   \
+        float *dk_aside, float *dv_aside, const Span *spans, int64_t count, int64_t heads, int64_t group,            \
+        int64_t size, double scaling) {                                                             \
+        Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},                  \
+                   .dout = {dout, dout_token, dout_head}, .dq = {dq, dq_token, dq_head},                             \
+                   .dk = {dk, dk_token, dk_head}, .dv = {dv, dv_token, dv_head}, .dk_aside = dk_aside,               \
+                   .dv_aside = dv_aside, .heads = heads, .group = group, .size = size, .scaling = scaling};          \
+        return attend_each(parts, &it, spans, count, 1);                                                    \
+    }
+
+ATTEND(f32, 3)
+ATTEND(bf16, 1)
+ATTEND_GRADIENT(f32, 3)
+ATTEND_GRADIENT(bf16, 1)
 #endif
