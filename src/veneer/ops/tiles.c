@@ -92,7 +92,7 @@ ON_TILES int multiply_f32(
     Matrix *held = rows < columns ? &left : &right, *taken = rows < columns ? &right : &left;
     int64_t slices = parts_of(depth, MOST_DEPTH), most_steps = parts_of(parts_of(depth, slices), DEPTH);
     int64_t panels = parts_of(held->count, BLOCK), size = most_steps * STEP(PARTS);
-    int64_t most_taken = CACHE / (size * (int64_t)sizeof *x / 2);
+    int64_t most_taken = (taken->across ? CACHE * 3 / 2 : CACHE) / (size * (int64_t)sizeof(uint16_t)); /* wider rows */
     most_taken = at_most(most_taken < 1 ? 1 : most_taken, parts_of(parts_of(taken->count, BLOCK), threads));
     void *memory = malloc((at_most(panels, MOST_HELD) + threads * most_taken) * size * 2 + STEP(PARTS) * 2 + 64);
     if (!memory) return 0;
