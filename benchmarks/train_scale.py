@@ -33,7 +33,7 @@ from veneer.config import TrainConfig
 from veneer.scoring.loss import summed_loss
 from veneer.storage.int8 import Int8Linear
 from veneer.train.optimizer import FlatAdamW
-from veneer.train.ways import computing
+from veneer.train.ways import computing, gates_again
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import bytes_held, memory, save, table
@@ -100,21 +100,27 @@ def ids_of(tokens: int) -> torch.Tensor:
     return torch.randint(3, 49_000, (tokens,), generator=torch.Generator().manual_seed(0))
 
 
-def formula_bytes(model: PreTrainedModel, tokens: int, parameters: int, *, again: bool) -> int:
+def formula_bytes(model: PreTrainedModel, tokens: int, parameters: int, settings: TrainConfig) -> int:
     """What a step keeps: tensors of all tokens for backward, one chunk of logits, 12 bytes a trained parameter.
 
     In each layer its input and the sum behind attention (D each), queries and attention's output (A each), keys and
     values, gate and up (F each); with norms behind the halves D more for each, with norms of heads those before them.
+    What is computed again is there for one layer at a time.
     """
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    width = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * config.intermediate_size
+    gates = 2 * config.intermediate_size
+    width = 2 * config.hidden_size + 2 * queries + 2 * keys + gates
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     width += 2 * config.hidden_size * ("post_feedforward_layernorm" in names)
     width += (queries + keys) * ("q_norm" in names)
-    layers = config.num_hidden_layers
-    kept = tokens * (config.hidden_size * layers + width if again else width * layers)
+    of_all, of_one = width, 0
+    if settings.checkpoint_activations is True:
+        of_all, of_one = config.hidden_size, width
+    elif gates_again(model, settings):
+        of_all, of_one = width - gates, gates
+    kept = tokens * (of_all * config.num_hidden_layers + of_one)
     rows = min(veneer.ops.loss.chunk_rows(config.vocab_size, 4), tokens)
     bytes_each = model.dtype.itemsize
     logits = rows * config.vocab_size * (4 if bytes_each == 4 else 4 + bytes_each)
@@ -123,7 +129,7 @@ def formula_bytes(model: PreTrainedModel, tokens: int, parameters: int, *, again
 
 def ours(name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict:
     model = loaded(name, folder, dtype)
-    before, again = memory("VmRSS"), name == "3b-int8"
+    before, settings = memory("VmRSS"), TrainConfig(checkpoint_activations=name == "3b-int8" or "auto")
     attachment = veneer.attach(model, veneer.LoRAConfig(rank=RANK, alpha=2 * RANK))
     model.train()
     optimizer = FlatAdamW(attachment.parameters(), weight_decay=0.0, max_grad_norm=1.0)
@@ -133,7 +139,7 @@ def ours(name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict:
     batch = RaggedBatch(ids_of(tokens), supervised, lengths)
     seconds, losses = [], []
     with ExitStack() as stack:
-        stack.enter_context(computing(model, TrainConfig(checkpoint_activations=again)))
+        stack.enter_context(computing(model, settings))
         for _ in range(steps):
             start = time.perf_counter()
             loss = summed_loss(model, batch) / supervised.sum()
@@ -142,7 +148,7 @@ def ours(name: str, tokens: int, folder: str, dtype: str, steps: int) -> dict:
             seconds.append(time.perf_counter() - start)
             losses.append(loss.item())
     parameters = sum(one.numel() for one in attachment.parameters().values())
-    formula = formula_bytes(model, tokens, parameters, again=again)
+    formula = formula_bytes(model, tokens, parameters, settings)
     return {
         "seconds": seconds,
         "losses": losses,

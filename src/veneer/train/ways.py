@@ -48,7 +48,7 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(kept_memory())
             stack.enter_context(flushed_denormals())
             if not way.padded:
-                again = _gates_again(model, settings)
+                again = gates_again(model, settings)
                 log.info("%s", stack.enter_context(fast_modules(model, gates_again=again)))
                 if again:
                     log.info("gates and what they multiply are computed again in the backward rather than kept")
@@ -65,8 +65,13 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
         yield way
 
 
-def _gates_again(model: PreTrainedModel, settings: TrainConfig) -> bool:
-    """Tell whether gates are computed again: where products on matrix tiles cost little beside memory, or as asked."""
+def gates_again(model: PreTrainedModel, settings: TrainConfig) -> bool:
+    """Tell whether gates are computed again: as asked, or where float32 on matrix tiles makes it cheap.
+
+    Example:
+        if gates_again(model, TrainConfig()):
+            print("a step keeps half of what it would")
+    """
     if settings.checkpoint_activations == "auto":
         return has_tiles() and model.device.type == "cpu" and model.dtype == torch.float32
     return settings.checkpoint_activations == "gates"
