@@ -52,6 +52,27 @@ def test_equals_the_reference_with_gradients(counts, inputs, outputs, rank, with
         torch.testing.assert_close(got, expected, **tolerance)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("frozen", ["x", "W"])
+def test_experts_with_many_rows_each(frozen, transposed):
+    """Where the processor has matrix tiles, all of them are multiplied in one go."""
+    counts = [90, 0, 200, 3, 64]
+    arguments = make(counts, 70, 100, 5)
+    results = []
+    for function, dtype in ((reference.lora_experts, torch.float64), (lora_experts, torch.float32)):
+        leaves = [
+            one.to(dtype, copy=True).requires_grad_(name != frozen)
+            for name, one in zip(TENSORS, arguments, strict=True)
+        ]
+        if transposed:
+            leaves[1] = leaves[1].detach().mT.contiguous().mT.requires_grad_(frozen != "W")
+        out = function(*leaves, 0.7, counts)
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    for exact, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("frozen", TENSORS)
 def test_gradcheck_with_one_input_frozen(frozen):
     counts = [2, 0, 1]

@@ -51,6 +51,28 @@ def test_equals_the_exact_product_as_nearly_as_the_blas(rows, depth, outputs, ac
     torch.testing.assert_close(out.double(), before + x.double() @ W.double().T, rtol=1e-5, atol=1e-6 * depth)
 
 
+@pytest.mark.parametrize("onto", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    "counts",
+    [[64], [0, 130, 1, 0, 70], [33] * 9, [700, 0, 900, 800], [2100, 5, 2000, 3]],
+    ids=["one", "some", "alike", "many", "too many"],
+)
+def test_each_of_some_matrices_has_its_own_product(counts, across, with_bias, onto):
+    x, W = drawn(sum(counts), 70), drawn(len(counts), 100, 70, seed=1)
+    W = W.mT.contiguous().mT if across else W
+    bias = drawn(len(counts), 100, seed=2) if with_bias and not onto else None
+    out = drawn(sum(counts), 100, seed=3)
+    expected, start = out.clone(), 0
+    for place, count in enumerate(counts):
+        rows, start = slice(start, start + count), start + count
+        if count:
+            own = None if bias is None else bias[place]
+            native.multiply(x[rows], W[place], own, expected[rows], onto=onto)
+    assert torch.equal(native.multiply_each(x, W, bias, out, counts, onto=onto), expected)
+
+
 @pytest.mark.parametrize(("rows", "depth", "outputs"), [(70, 3000, 90), (2100, 70, 2200), (2049, 1025, 64)])
 def test_more_than_is_held_at_a_time(rows, depth, outputs):
     x, W = drawn(rows, depth), drawn(outputs, depth, seed=1)
@@ -135,6 +157,12 @@ def test_all_others_are_not(calls, monkeypatch):
         product(x, x)
     assert not calls
     assert not native.multiplies(x.to("meta"), x.to("meta"))
+    three = x.expand(3, 64, 64)
+    assert native.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [192, 0, 0])
+    assert native.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [64, 64, 64])
+    assert not native.multiplies_each(drawn(191, 64), three, None, drawn(191, 64), [64, 64, 63])
+    assert not native.multiplies_each(drawn(64, 192).T, three, None, drawn(192, 64), [64, 64, 64])
+    assert not native.multiplies_each(drawn(0, 64), three, None, drawn(0, 64), [0, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.ops import reference
+from veneer.ops import native, reference
 from veneer.ops.lora import autocasting
 from veneer.ops.product import add_product, product_into, product_onto
 from veneer.ops.reference import rows_of_experts
@@ -35,6 +35,8 @@ class _LoRAExperts(torch.autograd.Function):
         counts: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         y_SO, z_SR = x_SI.new_empty(len(x_SI), W_EOI.shape[1]), x_SI.new_empty(len(x_SI), A_ERI.shape[1])
+        if at_once := native.multiplies_each(x_SI, W_EOI, bias_EO, y_SO, counts):
+            native.multiply_each(x_SI, W_EOI, bias_EO, y_SO, counts)
         for expert, rows in rows_of_experts(counts):
             x_NI, y_NO, z_NR = x_SI[rows], y_SO[rows], z_SR[rows]
             torch.mm(x_NI, A_ERI[expert].T, out=z_NR)
@@ -43,7 +45,8 @@ class _LoRAExperts(torch.autograd.Function):
                 update_NO = torch.mm(z_NR * scaling, B_EOR[expert].T, out=y_NO)
                 y_SO[rows] = product_onto(update_NO, x_NI, W_EOI[expert], bias_O)
                 continue
-            product_into(y_NO, x_NI, W_EOI[expert], bias_O)
+            if not at_once:
+                product_into(y_NO, x_NI, W_EOI[expert], bias_O)
             y_NO.addmm_(z_NR, B_EOR[expert].T, alpha=scaling)
         return y_SO, z_SR
 
@@ -69,11 +72,14 @@ class _LoRAExperts(torch.autograd.Function):
         B_ERO = B_EOR.mT.contiguous()
         dA_ERI = torch.zeros_like(A_ERI) if needs_A else None
         dB_ERO = torch.zeros_like(B_ERO) if needs_B else None
+        at_once = dx_SI is not None and native.multiplies_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts)
         for expert, rows in rows_of_experts(ctx.counts):
             x_NI, dy_NO = x_SI[rows], dy_SO[rows]
             dz_NR = (dy_NO @ B_ERO[expert].T).mul_(ctx.scaling)
             if dx_SI is not None:
-                add_product(torch.mm(dz_NR, A_ERI[expert], out=dx_SI[rows]), dy_NO, W_EOI[expert].T)
+                dx_NI = torch.mm(dz_NR, A_ERI[expert], out=dx_SI[rows])
+                if not at_once:
+                    add_product(dx_NI, dy_NO, W_EOI[expert].T)
             if dA_ERI is not None:
                 torch.mm(dz_NR.T, x_NI, out=dA_ERI[expert])
             if dB_ERO is not None:
@@ -82,6 +88,8 @@ class _LoRAExperts(torch.autograd.Function):
                 torch.mm(dy_NO.T, x_NI, out=dW_EOI[expert])
             if dbias_EO is not None:
                 torch.sum(dy_NO, 0, out=dbias_EO[expert])
+        if at_once and dx_SI is not None:
+            native.multiply_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts, onto=True)
         dB_EOR = None if dB_ERO is None else dB_ERO.mul_(ctx.scaling).mT
         return dx_SI, dW_EOI, dbias_EO, dA_ERI, dB_EOR, None, None
 

@@ -4,6 +4,7 @@
 #ifndef HAS_TILES
 int veneer_has_tiles(void) { return 0; }
 int multiply_f32(void) { return 0; }
+int multiply_each_f32(void) { return 0; }
 #else
 #include <cpuid.h>
 #include <stdlib.h>
@@ -45,65 +46,155 @@ ON_TILES static void multiply_block(
     for (int64_t i = 0; i < rows; i++)
         if (out->onto)
             for (int64_t j = 0; j < width; j++) sums[i * out->stride + j] += whole[i * BLOCK + j];
-        else
-            memcpy(sums + i * out->stride, whole + i * BLOCK, width * sizeof *sums);
+        else memcpy(sums + i * out->stride, whole + i * BLOCK, width * sizeof *sums);
 }
 
+/* A product of two sides: of the one with fewer vectors, `held`, panels from `first` on. */
+typedef struct {
+    Matrix left, right;
+    Sums out;
+    int64_t first, panels;
+} Product;
 
-/* Panels of one side, `held`, that all threads read; of the other, `taken`, a thread packs what its cache holds, and
- * goes on to the next that nobody has taken. The last step fetches beyond a panel: hence one more. */
+INLINE const Matrix *held_of(const Product *one) {
+    return one->left.count < one->right.count ? &one->left : &one->right;
+}
+INLINE const Matrix *taken_of(const Product *one) {
+    return one->left.count < one->right.count ? &one->right : &one->left;
+}
+
+/* The held panels of some products are packed for all threads; of the other sides a thread packs what its cache holds,
+ * and goes on to what nobody has taken yet. */
 enum { MOST_DEPTH = 1024, MOST_HELD = 2048 / BLOCK, CACHE = 1 << 20 };
 
+ON_TILES static void pack_held(
+    const Product *products, int64_t start, int64_t stop, int64_t from, int64_t steps, uint16_t *memory) {
+    for (int64_t at = 0; at < stop; at += products++->panels) {
+        int64_t first = start > at ? start - at : 0, last = at_most(stop - at, products->panels);
+        if (first < last)
+            pack(
+                PARTS, held_of(products), products->first + first, last - first, from, steps,
+                memory + (at + first) * steps * STEP(PARTS));
+    }
+}
+
+/* Panels from `start` on of the side that is taken, with all that are held. */
+ON_TILES static void multiply_taken(
+    const Product *it, int64_t start, int64_t count, int64_t from, int64_t steps, const uint16_t *held,
+    uint16_t *own) {
+    const int64_t size = steps * STEP(PARTS);
+    pack(PARTS, taken_of(it), start, count, from, steps, own);
+    for (int64_t i = 0; i < it->panels; i++)
+        for (int64_t j = 0; j < count; j++) {
+            int64_t at_held = (it->first + i) * BLOCK, at_taken = (start + j) * BLOCK;
+            if (held_of(it)->is_right)
+                multiply_block(own + j * size, held + i * size, steps, &it->out, at_taken, at_held);
+            else multiply_block(held + i * size, own + j * size, steps, &it->out, at_held, at_taken);
+        }
+}
+
+/* Some products, `panels` held in all, in `steps` of their depth. */
 ON_TILES static void multiply_slice(
-    const Matrix *held, const Matrix *taken, int64_t first_held, int64_t panels_held, int64_t from, int64_t steps,
-    const Sums *out, uint16_t *memory, int64_t most_taken) {
-    int64_t size = steps * STEP(PARTS), panels = parts_of(taken->count, BLOCK), next = 0;
-    /* As many panels for each thread, and no more at a time than it has room for. */
+    const Product *products, int64_t panels, int64_t from, int64_t steps, uint16_t *memory, int64_t most_taken) {
+    const int64_t size = steps * STEP(PARTS);
+    int64_t next = 0;
     _Pragma("omp parallel") {
-        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        int64_t own_start = thread * panels_held / threads, own_stop = (thread + 1) * panels_held / threads;
-        pack(PARTS, held, first_held + own_start, own_stop - own_start, from, steps, memory + own_start * size);
-        int64_t parts = threads * parts_of(panels, threads * most_taken);
-        uint16_t *own = memory + (panels_held + thread * most_taken) * size;
-        _Pragma("omp barrier")
-        _tile_loadconfig(&SHAPES);
-        for (int64_t part; (part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts;) {
-            int64_t start = part * panels / parts, count = (part + 1) * panels / parts - start;
-            pack(PARTS, taken, start, count, from, steps, own);
-            for (int64_t i = 0; i < panels_held; i++)
-                for (int64_t j = 0; j < count; j++) {
-                    const uint16_t *one = memory + i * size, *other = own + j * size;
-                    int64_t at_held = (first_held + i) * BLOCK, at_taken = (start + j) * BLOCK;
-                    if (held->is_right) multiply_block(other, one, steps, out, at_taken, at_held);
-                    else multiply_block(one, other, steps, out, at_held, at_taken);
-                }
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        uint16_t *own = memory + (panels + thread * most_taken) * size;
+        pack_held(products, thread * panels / threads, (thread + 1) * panels / threads, from, steps, memory);
+        _Pragma("omp barrier") _tile_loadconfig(&SHAPES);
+        const Product *it = products;
+        int64_t at = 0, part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); /* of all parts of all products */
+        for (int64_t before = 0; at < panels;) {
+            int64_t whole = parts_of(taken_of(it)->count, BLOCK);
+            int64_t parts = threads * parts_of(whole, threads * most_taken);
+            if (part >= before + parts) {
+                before += parts;
+                at += it++->panels;
+                continue;
+            }
+            int64_t start = (part - before) * whole / parts, stop = (part - before + 1) * whole / parts;
+            multiply_taken(it, start, stop - start, from, steps, memory + at * size, own);
+            part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         }
         _tile_release();
     }
 }
 
-/* out = x . W^T, or onto it, or with a bias for each column; x is (rows, depth), W (columns, depth), out (rows, columns).
- * Of each side one of both strides is 1. Tells whether there was memory for it. */
+/* Products of one depth, no more than MOST_HELD panels held in all. Tells whether there was memory for it. */
+ON_TILES static int multiply_some(Product *products, int64_t count, int64_t depth) {
+    const int64_t threads = omp_get_max_threads(), slices = parts_of(depth, MOST_DEPTH);
+    const int64_t most_steps = parts_of(parts_of(depth, slices), DEPTH);
+    const int64_t bytes = most_steps * STEP(PARTS) * sizeof(uint16_t);
+    int64_t panels = 0, most_taken = 1;
+    for (int64_t i = 0; i < count; i++) {
+        const Matrix *taken = taken_of(products + i);
+        int64_t room = (taken->across ? CACHE * 3 / 2 : CACHE) / bytes; /* wider rows */
+        int64_t some = at_most(room, parts_of(parts_of(taken->count, BLOCK), threads));
+        most_taken = some > most_taken ? some : most_taken;
+        panels += products[i].panels;
+    }
+    /* The last step fetches beyond its panel. */
+    void *memory = malloc((panels + threads * most_taken) * bytes + STEP(PARTS) * sizeof(uint16_t) + 64);
+    if (!memory) return 0;
+    for (int64_t from = 0; from < depth; from += most_steps * DEPTH) {
+        int64_t steps = at_most(most_steps, parts_of(depth - from, DEPTH));
+        multiply_slice(products, panels, from, steps, aligned(memory), most_taken);
+        for (int64_t i = 0; i < count; i++) products[i].out.onto = 1;
+    }
+    free(memory);
+    return 1;
+}
+
+/* out = x . W^T, or onto it, or with a bias for each column; x is (rows, depth), W (columns, depth), out (rows,
+ * columns). Of each side one of both strides is 1. Tells whether there was memory for it. */
 ON_TILES int multiply_f32(
     const float *x, int64_t x_stride, int64_t x_across, const float *W, int64_t W_stride, int64_t W_across,
     const float *bias, float *out, int64_t out_stride, int64_t onto, int64_t rows, int64_t columns, int64_t depth) {
-    const int64_t threads = omp_get_max_threads();
-    Matrix left = {x, rows, depth, x_stride, x_across, 0, 0}, right = {W, columns, depth, W_stride, W_across, 1, 0};
-    Matrix *held = rows < columns ? &left : &right, *taken = rows < columns ? &right : &left;
-    int64_t slices = parts_of(depth, MOST_DEPTH), most_steps = parts_of(parts_of(depth, slices), DEPTH);
-    int64_t panels = parts_of(held->count, BLOCK), size = most_steps * STEP(PARTS);
-    int64_t most_taken = (taken->across ? CACHE * 3 / 2 : CACHE) / (size * (int64_t)sizeof(uint16_t)); /* wider rows */
-    most_taken = at_most(most_taken < 1 ? 1 : most_taken, parts_of(parts_of(taken->count, BLOCK), threads));
-    void *memory = malloc((at_most(panels, MOST_HELD) + threads * most_taken) * size * 2 + STEP(PARTS) * 2 + 64);
-    if (!memory) return 0;
-    for (int64_t first = 0; first < panels; first += MOST_HELD)
-        for (int64_t from = 0; from < depth; from += most_steps * DEPTH) {
-            Sums sums = {out, out_stride, rows, columns, bias, onto || from};
-            int64_t steps = at_most(most_steps, parts_of(depth - from, DEPTH));
-            multiply_slice(held, taken, first, at_most(panels - first, MOST_HELD), from, steps, &sums,
-                           aligned(memory), most_taken);
+    Product one = {
+        {x, rows, depth, x_stride, x_across, 0, 0}, {W, columns, depth, W_stride, W_across, 1, 0}, {0}, 0, 0};
+    const int64_t panels = parts_of(held_of(&one)->count, BLOCK);
+    int there = 1;
+    for (; there && one.first < panels; one.first += MOST_HELD) {
+        one.panels = at_most(panels - one.first, MOST_HELD);
+        one.out = (Sums){out, out_stride, rows, columns, bias, onto};
+        there = multiply_some(&one, 1, depth);
+    }
+    return there;
+}
+
+/* The same for the rows of each of some matrices: x and out hold one's after another's, W and bias are side by side.
+ */
+ON_TILES int multiply_each_f32(
+    const float *x, int64_t x_stride, const float *W, int64_t W_matrix, int64_t W_stride, int64_t W_across,
+    const float *bias, float *out, int64_t out_stride, int64_t onto, const int64_t *counts, int64_t matrices,
+    int64_t columns, int64_t depth) {
+    Product some[MOST_HELD];
+    int64_t number = 0, panels = 0;
+    int there = 1;
+    for (int64_t i = 0; there && i < matrices; x += counts[i] * x_stride, out += counts[i] * out_stride, i++) {
+        const float *own = W + i * W_matrix, *own_bias = bias ? bias + i * columns : 0;
+        Product one = {
+            {x, counts[i], depth, x_stride, 0, 0, 0},
+            {own, columns, depth, W_stride, W_across, 1, 0},
+            {out, out_stride, counts[i], columns, own_bias, onto},
+            0,
+            0};
+        one.panels = parts_of(held_of(&one)->count, BLOCK);
+        if (!one.panels) continue;
+        if (panels + one.panels > MOST_HELD) {
+            there = multiply_some(some, number, depth);
+            number = panels = 0;
         }
-    free(memory);
-    return 1;
+        if (one.panels > MOST_HELD) {
+            there = there && multiply_f32(
+                                 x, x_stride, 0, own, W_stride, W_across, own_bias, out, out_stride, onto, counts[i],
+                                 columns, depth);
+            continue;
+        }
+        some[number++] = one;
+        panels += one.panels;
+    }
+    return there && multiply_some(some, number, depth);
 }
 #endif

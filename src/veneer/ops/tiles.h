@@ -1,11 +1,11 @@
 /* Matrix tiles of Intel's processors (AMX), which multiply bfloat16 and sum float32, for matrices in float32.
  *
  * A float32 is the sum of three bfloat16 to the last bit, x = x0 + x1 + x2, each the rounding of what the ones before
- * leave. Of the nine products of two such sums the six with i + j <= 2 are formed; the others are smaller than the last
- * digit of a product. Sums are float32's, as everywhere. What comes out is as near to the exact product as any other
- * float32 product, and each row of it depends on its own inputs alone, whatever the number of rows or threads. It is
- * not the same where a number is infinite or larger than the largest bfloat16 (3.39e38): that gives no number; numbers
- * below the smallest normal one count as zero.
+ * leave. Of the nine products of two such sums the six with i + j <= 2 are formed; the others are smaller than the
+ * last digit of a product. Sums are float32's, as everywhere. What comes out is as near to the exact product as any
+ * other float32 product, and each row of it depends on its own inputs alone, whatever the number of rows or threads.
+ * It is not the same where a number is infinite or larger than the largest bfloat16 (3.39e38): that gives no number;
+ * numbers below the smallest normal one count as zero.
  *
  * Henry, Tang, Heinecke 2019, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
  * Computations, arXiv:1904.06376, section II (three bfloat16, six products).
@@ -39,8 +39,8 @@ static const struct {
     uint8_t palette, start, unused[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
-} SHAPES __attribute__((aligned(64))) = {
-    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+} SHAPES
+    __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 /* 32 numbers as vectors of bfloat16, each the rounding of what the ones before leave. */
 ON_TILES INLINE void split(int parts, __m512 low, __m512 high, __m512i out[MOST_PARTS]) {
@@ -96,7 +96,8 @@ ON_TILES INLINE void read_two(
     if (narrow) {
         const uint16_t *numbers = at;
         _mm_prefetch((const char *)(numbers + one + next), _MM_HINT_T0);
-        __m256i low = _mm256_maskz_loadu_epi16(some, numbers + one), high = _mm256_maskz_loadu_epi16(more, numbers + other);
+        __m256i low = _mm256_maskz_loadu_epi16(some, numbers + one),
+                high = _mm256_maskz_loadu_epi16(more, numbers + other);
         out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     } else {
         const float *numbers = at;
@@ -108,8 +109,9 @@ ON_TILES INLINE void read_two(
 
 /* Up to 16 vectors from `first` on and 32 of their numbers from `from` on, as a tile for each part; zeros beyond. */
 ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, int64_t from, uint16_t *tiles) {
-    static const uint16_t BY_PAIRS[32] __attribute__((aligned(64))) = {
-        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    static const uint16_t BY_PAIRS[32]
+        __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i by_pairs = _mm512_load_si512(BY_PAIRS);
     const int64_t left = side->depth - from, stride = side->stride;
     for (int64_t row = 0; row < SIDE; row++) {
@@ -117,15 +119,17 @@ ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, in
         if (side->across) {
             int64_t at = (from + 2 * row) * stride + first;
             __mmask16 some = first_of(side->count - first);
-            read_two(parts, side->narrow, side->at, at, 2 * row < left ? some : 0, at + stride,
-                     2 * row + 1 < left ? some : 0, DEPTH * stride, out);
+            read_two(
+                parts, side->narrow, side->at, at, 2 * row < left ? some : 0, at + stride,
+                2 * row + 1 < left ? some : 0, DEPTH * stride, out);
         } else {
             int64_t at = (first + row) * stride + from, there = first + row < side->count ? left : 0;
-            read_two(parts, side->narrow, side->at, at, first_of(there), at + SIDE, first_of(there - SIDE), 2 * DEPTH, out);
+            read_two(
+                parts, side->narrow, side->at, at, first_of(there), at + SIDE, first_of(there - SIDE), 2 * DEPTH, out);
         }
         for (int i = 0; i < parts; i++)
-            _mm512_store_si512(tiles + i * TILE + row * DEPTH,
-                               side->across ? _mm512_permutexvar_epi16(by_pairs, out[i]) : out[i]);
+            _mm512_store_si512(
+                tiles + i * TILE + row * DEPTH, side->across ? _mm512_permutexvar_epi16(by_pairs, out[i]) : out[i]);
     }
     if (side->across != side->is_right)
         for (int i = 0; i < parts; i++) transpose(tiles + i * TILE);
@@ -138,33 +142,35 @@ ON_TILES INLINE void pack(
     for (int64_t i = 0; i < panels * steps; i++) {
         int64_t panel = side->across ? i % panels : i / steps, step = side->across ? i / panels : i % steps;
         for (int half = 0; half < 2; half++)
-            pack_tiles(parts, side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
-                       to + (panel * steps + step) * STEP(parts) + half * parts * TILE);
+            pack_tiles(
+                parts, side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
+                to + (panel * steps + step) * STEP(parts) + half * parts * TILE);
     }
 }
 
-/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. Where sums go, and what comes
- * next of both panels, is asked for in time: the tiles of a step take longer to come than to be multiplied. */
-#define LOAD_LEFT(part)                                                                                              \
-    _tile_loadd(4, left + (part) * TILE, 64);                                                                        \
+/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. Where sums go, and what
+ * comes next of both panels, is asked for in time: the tiles of a step take longer to come than to be multiplied. */
+#define LOAD_LEFT(part)                                                                                               \
+    _tile_loadd(4, left + (part) * TILE, 64);                                                                         \
     _tile_loadd(5, left + ((part) + parts) * TILE, 64);
-#define LOAD_RIGHT(part)                                                                                             \
-    _tile_loadd(6, right + (part) * TILE, 64);                                                                       \
+#define LOAD_RIGHT(part)                                                                                              \
+    _tile_loadd(6, right + (part) * TILE, 64);                                                                        \
     _tile_loadd(7, right + ((part) + parts) * TILE, 64);
-#define FETCH(half)                                                                                                  \
-    for (int line = 0; line < 8; line++) {                                                                           \
-        _mm_prefetch((const char *)(left + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);            \
-        _mm_prefetch((const char *)(right + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);           \
+#define FETCH(half)                                                                                                   \
+    for (int line = 0; line < 8; line++) {                                                                            \
+        _mm_prefetch((const char *)(left + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);             \
+        _mm_prefetch((const char *)(right + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);            \
     }
-#define MULTIPLY(number)                                                                                             \
-    _tile_dpbf16ps(0, 4, 6);                                                                                         \
-    FETCH(2 * (number))                                                                                              \
-    _tile_dpbf16ps(1, 4, 7);                                                                                         \
-    _tile_dpbf16ps(2, 5, 6);                                                                                         \
-    FETCH(2 * (number) + 1)                                                                                          \
+#define MULTIPLY(number)                                                                                              \
+    _tile_dpbf16ps(0, 4, 6);                                                                                          \
+    FETCH(2 * (number))                                                                                               \
+    _tile_dpbf16ps(1, 4, 7);                                                                                          \
+    _tile_dpbf16ps(2, 5, 6);                                                                                          \
+    FETCH(2 * (number) + 1)                                                                                           \
     _tile_dpbf16ps(3, 5, 7);
 ON_TILES INLINE void multiply_panels(
-    int parts, const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums, int64_t stride) {
+    int parts, const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums,
+    int64_t stride) {
     for (int i = 0; i < BLOCK; i++) {
         __builtin_prefetch(sums + i * stride, 1, 3);
         __builtin_prefetch(sums + i * stride + SIDE, 1, 3);
@@ -175,14 +181,25 @@ ON_TILES INLINE void multiply_panels(
     _tile_loadd(3, begin + SIDE, 0);
     for (; steps; steps--, left += STEP(parts), right += STEP(parts)) {
         if (parts == 1) {
-            LOAD_LEFT(0) LOAD_RIGHT(0) MULTIPLY(0) FETCH(2) FETCH(3)
+            LOAD_LEFT(0)
+            LOAD_RIGHT(0)
+            MULTIPLY(0)
+            FETCH(2)
+            FETCH(3)
         } else {
-            LOAD_LEFT(0) LOAD_RIGHT(2) MULTIPLY(0)
-            LOAD_RIGHT(1) MULTIPLY(1)
-            LOAD_LEFT(1) MULTIPLY(2)
-            LOAD_RIGHT(0) MULTIPLY(3)
-            LOAD_LEFT(0) MULTIPLY(4)
-            LOAD_LEFT(2) MULTIPLY(5)
+            LOAD_LEFT(0)
+            LOAD_RIGHT(2)
+            MULTIPLY(0)
+            LOAD_RIGHT(1)
+            MULTIPLY(1)
+            LOAD_LEFT(1)
+            MULTIPLY(2)
+            LOAD_RIGHT(0)
+            MULTIPLY(3)
+            LOAD_LEFT(0)
+            MULTIPLY(4)
+            LOAD_LEFT(2)
+            MULTIPLY(5)
         }
     }
     _tile_stored(0, sums, stride * 4);

@@ -7,7 +7,8 @@
 #include "tiles.h"
 
 #ifndef HAS_TILES
-#define NONE(name) int name(void) { return 0; }
+#define NONE(name)                                                                                                    \
+    int name(void) { return 0; }
 NONE(attend_f32)
 NONE(attend_bf16)
 NONE(attend_gradient_f32)
@@ -27,8 +28,8 @@ typedef struct {
     int64_t start, length, before, before_length, aside;
 } Span;
 
-/* What all sequences have in common: of `heads` every `group` share one of keys and values. Gradients of keys and values
- * that are put aside are float32, (tokens, key heads, size). */
+/* What all sequences have in common: of `heads` every `group` share one of keys and values. Gradients of keys and
+ * values that are put aside are float32, (tokens, key heads, size). */
 typedef struct {
     Rows q, k, v, out, dout, dq, dk, dv;
     float *dk_aside, *dv_aside;
@@ -53,7 +54,8 @@ ON_TILES INLINE void write_row(int parts, void *to, const float *from, float fac
 }
 
 /* Some rows of a head as one side of a product: a vector for each token or, `across`, for each of its numbers. */
-INLINE Matrix side_of(int parts, const void *at, int64_t stride, int64_t tokens, int64_t size, int across, int is_right) {
+INLINE Matrix
+side_of(int parts, const void *at, int64_t stride, int64_t tokens, int64_t size, int across, int is_right) {
     return (Matrix){at, across ? size : tokens, across ? tokens : size, stride, across, is_right, parts == 1};
 }
 
@@ -65,14 +67,16 @@ ON_TILES INLINE void pack_all(int parts, Matrix side, uint16_t *to, int64_t step
 ON_TILES INLINE void gather(int parts, const Rows *rows, const Span *span, int64_t head, int64_t size, void *to) {
     const int64_t bytes = size * width_of(parts);
     char *at = to;
-    for (int64_t i = 0; i < span->before_length; i++, at += bytes) memcpy(at, row_of(parts, rows, span->before + i, head), bytes);
-    for (int64_t i = 0; i < span->length; i++, at += bytes) memcpy(at, row_of(parts, rows, span->start + i, head), bytes);
+    for (int64_t i = 0; i < span->before_length; i++, at += bytes)
+        memcpy(at, row_of(parts, rows, span->before + i, head), bytes);
+    for (int64_t i = 0; i < span->length; i++, at += bytes)
+        memcpy(at, row_of(parts, rows, span->start + i, head), bytes);
 }
 
 /* sums (32, 32 for each panel of `right`) = left . right; onto adds them. */
 ON_TILES INLINE void multiply_all(
-    int parts, const uint16_t *left, const uint16_t *right, int64_t panels, int64_t panel_steps, int64_t steps, float *sums,
-    int64_t stride, int onto) {
+    int parts, const uint16_t *left, const uint16_t *right, int64_t panels, int64_t panel_steps, int64_t steps,
+    float *sums, int64_t stride, int onto) {
     static const float zeros[BLOCK] __attribute__((aligned(64)));
     float whole[BLOCK * BLOCK] __attribute__((aligned(64)));
     for (int64_t panel = 0; panel < panels; panel++, right += panel_steps * STEP(parts), sums += BLOCK) {
@@ -131,13 +135,14 @@ typedef struct {
 } Desk;
 
 INLINE Desk desk_of(int parts, const Task *it, const Span *span, int gradient, Room *room) {
-    const int64_t all = span->before_length + span->length, keys = parts_of(all, BLOCK), deep = parts_of(it->size, BLOCK);
-    const int64_t step = STEP(parts) * sizeof(uint16_t), some = together(parts), wide = deep * BLOCK, sums = sizeof(float) * BLOCK;
+    const int64_t all = span->before_length + span->length, keys = parts_of(all, BLOCK);
+    const int64_t deep = parts_of(it->size, BLOCK), wide = deep * BLOCK, rows = all * it->size * width_of(parts);
+    const int64_t step = STEP(parts) * sizeof(uint16_t), some = together(parts), sums = sizeof(float) * BLOCK;
     Desk desk = {.before = span->before_length, .keys = keys, .deep = deep, .wide = wide};
     desk.k = take(room, keys * deep * step), desk.v = take(room, keys * deep * step);
     desk.q = take(room, deep * step), desk.p = take(room, keys * step);
     desk.scores = take(room, keys * BLOCK * sums), desk.out = take(room, wide * sums);
-    desk.k_rows = take(room, all * it->size * width_of(parts)), desk.v_rows = take(room, all * it->size * width_of(parts));
+    desk.k_rows = take(room, rows), desk.v_rows = take(room, rows);
     if (gradient) {
         desk.k_across = take(room, keys * deep * step), desk.dout = take(room, deep * step);
         desk.q_across = take(room, some * deep * step), desk.dout_across = take(room, some * deep * step);
@@ -169,8 +174,10 @@ ON_TILES INLINE void attend_one(int parts, const Task *it, const Span *span, int
                 sum[i] = exponentials(at.scores + i * stride, i < rows ? last + i + 1 : 0, stride, it->scaling);
             pack_all(parts, (Matrix){at.scores, BLOCK, stride, stride, 0, 0, 0}, at.p, seen);
             multiply_all(parts, at.p, at.v, at.deep, at.keys, seen, at.out, at.wide, 0);
-            for (int64_t i = 0; i < rows; i++)
-                write_row(parts, row_of(parts, &it->out, span->start + first + i, head), at.out + i * at.wide, 1 / sum[i], size);
+            for (int64_t i = 0; i < rows; i++) {
+                void *to = row_of(parts, &it->out, span->start + first + i, head);
+                write_row(parts, to, at.out + i * at.wide, 1 / sum[i], size);
+            }
         }
 }
 
@@ -186,6 +193,47 @@ ON_TILES INLINE void softmax_gradient(float *scores, float *dscores, int64_t see
     for (int64_t j = 0; j < all / LANES; j++) d[j] = p[j] * (d[j] - dot) * scaling;
 }
 
+/* A block of queries: probabilities and gradients of scores, (32, 32 for each panel of keys seen), and the gradient of
+ * the queries. Both are packed across as step `n` of `count` for each of `panels`: zeros where a key is not seen. */
+ON_TILES INLINE void block_gradient(
+    int parts, const Task *it, const Span *span, int64_t head, int64_t first, const Desk *at, int64_t panels,
+    int64_t n, int64_t count) {
+    const int64_t size = it->size, rows = at_most(span->length - first, BLOCK), last = at->before + first;
+    const int64_t seen = parts_of(last + rows, BLOCK), stride = seen * BLOCK;
+    const void *q = row_of(parts, &it->q, span->start + first, head);
+    const void *dout = row_of(parts, &it->dout, span->start + first, head);
+    pack_all(parts, side_of(parts, q, it->q.token, rows, size, 0, 0), at->q, at->deep);
+    pack_all(parts, side_of(parts, dout, it->dout.token, rows, size, 0, 0), at->dout, at->deep);
+    multiply_all(parts, at->q, at->k, seen, at->deep, at->deep, at->scores, stride, 0);
+    multiply_all(parts, at->dout, at->v, seen, at->deep, at->deep, at->dscores, stride, 0);
+    for (int64_t i = 0; i < BLOCK; i++) {
+        float *scores = at->scores + i * stride, *dscores = at->dscores + i * stride;
+        softmax_gradient(scores, dscores, i < rows ? last + i + 1 : 0, stride, it->scaling);
+    }
+    pack_all(parts, (Matrix){at->dscores, BLOCK, stride, stride, 0, 0, 0}, at->p, seen);
+    multiply_all(parts, at->p, at->k_across, at->deep, at->keys, seen, at->out, at->wide, 0);
+    for (int64_t i = 0; i < rows; i++)
+        write_row(parts, row_of(parts, &it->dq, span->start + first + i, head), at->out + i * at->wide, 1, size);
+    const Matrix p = {at->scores, stride, BLOCK, stride, 1, 0, 0}, ds = {at->dscores, stride, BLOCK, stride, 1, 0, 0};
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const int64_t to = (panel * count + n) * STEP(parts);
+        pack(parts, &p, panel, 1, 0, 1, at->p_across + to);
+        pack(parts, &ds, panel, 1, 0, 1, at->ds_across + to);
+    }
+}
+
+/* Gradients of keys and values, one row after another: those of the prefix are put aside, the others are the span's.
+ */
+ON_TILES INLINE void write_keys(
+    int parts, const Task *it, const Span *span, int64_t key_head, const float *from, int64_t wide, const Rows *own,
+    float *aside) {
+    const int64_t key_heads = it->heads / it->group, size = it->size;
+    for (int64_t i = 0; i < span->before_length; i++, from += wide)
+        write_row(MOST_PARTS, aside + ((span->aside + i) * key_heads + key_head) * size, from, 1, size);
+    for (int64_t i = 0; i < span->length; i++, from += wide)
+        write_row(parts, row_of(parts, own, span->start + i, key_head), from, 1, size);
+}
+
 ON_TILES INLINE void attend_gradient_one(int parts, const Task *it, const Span *span, int64_t key_head, Room room) {
     const int64_t size = it->size, all = span->before_length + span->length, step = STEP(parts);
     const Desk at = desk_of(parts, it, span, 1, &room);
@@ -198,54 +246,36 @@ ON_TILES INLINE void attend_gradient_one(int parts, const Task *it, const Span *
     pack_all(parts, side_of(parts, at.k_rows, size, all, size, 1, 1), at.k_across, at.keys);
     for (int64_t head = key_head * it->group; head < (key_head + 1) * it->group; head++)
         for (int64_t begin = 0; begin < span->length; begin += together(parts) * BLOCK) {
-            const int64_t tokens = at_most(span->length - begin, together(parts) * BLOCK), count = parts_of(tokens, BLOCK);
-            const int64_t panels = parts_of(at.before + begin + tokens, BLOCK);
+            const int64_t tokens = at_most(span->length - begin, together(parts) * BLOCK);
+            const int64_t count = parts_of(tokens, BLOCK), panels = parts_of(at.before + begin + tokens, BLOCK);
             const void *q = row_of(parts, &it->q, span->start + begin, head);
             const void *dout = row_of(parts, &it->dout, span->start + begin, head);
             pack_all(parts, side_of(parts, q, it->q.token, tokens, size, 1, 1), at.q_across, count);
             pack_all(parts, side_of(parts, dout, it->dout.token, tokens, size, 1, 1), at.dout_across, count);
-            for (int64_t n = 0; n < count; n++) {
-                const int64_t first = begin + n * BLOCK, rows = at_most(span->length - first, BLOCK), last = at.before + first;
-                const int64_t seen = parts_of(last + rows, BLOCK), stride = seen * BLOCK;
-                q = row_of(parts, &it->q, span->start + first, head);
-                dout = row_of(parts, &it->dout, span->start + first, head);
-                pack_all(parts, side_of(parts, q, it->q.token, rows, size, 0, 0), at.q, at.deep);
-                pack_all(parts, side_of(parts, dout, it->dout.token, rows, size, 0, 0), at.dout, at.deep);
-                multiply_all(parts, at.q, at.k, seen, at.deep, at.deep, at.scores, stride, 0);
-                multiply_all(parts, at.dout, at.v, seen, at.deep, at.deep, at.dscores, stride, 0);
-                for (int64_t i = 0; i < BLOCK; i++)
-                    softmax_gradient(at.scores + i * stride, at.dscores + i * stride, i < rows ? last + i + 1 : 0, stride, it->scaling);
-                pack_all(parts, (Matrix){at.dscores, BLOCK, stride, stride, 0, 0, 0}, at.p, seen);
-                multiply_all(parts, at.p, at.k_across, at.deep, at.keys, seen, at.out, at.wide, 0);
-                for (int64_t i = 0; i < rows; i++)
-                    write_row(parts, row_of(parts, &it->dq, span->start + first + i, head), at.out + i * at.wide, 1, size);
-                const Matrix p = {at.scores, stride, BLOCK, stride, 1, 0, 0}, ds = {at.dscores, stride, BLOCK, stride, 1, 0, 0};
-                for (int64_t panel = 0; panel < panels; panel++) { /* zeros for keys that these queries do not see */
-                    pack(parts, &p, panel, 1, 0, 1, at.p_across + (panel * count + n) * step);
-                    pack(parts, &ds, panel, 1, 0, 1, at.ds_across + (panel * count + n) * step);
-                }
-            }
+            for (int64_t n = 0; n < count; n++)
+                block_gradient(parts, it, span, head, begin + n * BLOCK, &at, panels, n, count);
             for (int64_t panel = 0; panel < panels; panel++) {
                 const int64_t to = panel * BLOCK * at.wide, from = panel * count * step;
                 multiply_all(parts, at.p_across + from, at.dout_across, at.deep, count, count, at.dv + to, at.wide, 1);
                 multiply_all(parts, at.ds_across + from, at.q_across, at.deep, count, count, at.dk + to, at.wide, 1);
             }
         }
-    for (int64_t i = 0; i < all; i++) {
-        const int64_t own = span->start + i - at.before, aside = ((span->aside + i) * (it->heads / it->group) + key_head) * size;
-        const int is_own = i >= at.before;
-        write_row(is_own ? parts : MOST_PARTS, is_own ? row_of(parts, &it->dk, own, key_head) : it->dk_aside + aside, at.dk + i * at.wide, 1, size);
-        write_row(is_own ? parts : MOST_PARTS, is_own ? row_of(parts, &it->dv, own, key_head) : it->dv_aside + aside, at.dv + i * at.wide, 1, size);
-    }
+    write_keys(parts, it, span, key_head, at.dk, at.wide, &it->dk, it->dk_aside);
+    write_keys(parts, it, span, key_head, at.dv, at.wide, &it->dv, it->dv_aside);
 }
 
 typedef void One(const Task *it, const Span *span, int64_t key_head, Room room);
-ON_TILES static void attend_one_f32(const Task *it, const Span *span, int64_t head, Room room) { attend_one(3, it, span, head, room); }
-ON_TILES static void attend_one_bf16(const Task *it, const Span *span, int64_t head, Room room) { attend_one(1, it, span, head, room); }
-ON_TILES static void gradient_one_f32(const Task *it, const Span *span, int64_t head, Room room) { attend_gradient_one(3, it, span, head, room); }
-ON_TILES static void gradient_one_bf16(const Task *it, const Span *span, int64_t head, Room room) { attend_gradient_one(1, it, span, head, room); }
+#define ONE(name, function, parts)                                                                                    \
+    ON_TILES static void name(const Task *it, const Span *span, int64_t key_head, Room room) {                        \
+        function(parts, it, span, key_head, room);                                                                    \
+    }
+ONE(attend_one_f32, attend_one, 3)
+ONE(attend_one_bf16, attend_one, 1)
+ONE(gradient_one_f32, attend_gradient_one, 3)
+ONE(gradient_one_bf16, attend_gradient_one, 1)
 
-/* Sequences, those with most to do first, and heads of keys are taken by whoever is free. Tells whether there was memory. */
+/* Sequences, those with most to do first, and heads of keys are taken by whoever is free. Tells whether there was
+ * memory. */
 ON_TILES static int attend_each(int parts, const Task *it, const Span *spans, int64_t count, int gradient) {
     const int64_t threads = omp_get_max_threads();
     int64_t each = 0, key_heads = it->heads / it->group, next = 0;
@@ -254,7 +284,8 @@ ON_TILES static int attend_each(int parts, const Task *it, const Span *spans, in
         desk_of(parts, it, spans + i, gradient, &room);
         if (room.at - (char *)0 > each) each = room.at - (char *)0;
     }
-    One *one = parts == 1 ? gradient ? gradient_one_bf16 : attend_one_bf16 : gradient ? gradient_one_f32 : attend_one_f32;
+    One *const ways[2][2] = {{attend_one_f32, attend_one_bf16}, {gradient_one_f32, gradient_one_bf16}};
+    One *one = ways[gradient][parts == 1];
     char *memory = malloc(threads * each + 64);
     if (!memory) return 0;
     _Pragma("omp parallel") {
@@ -270,30 +301,46 @@ ON_TILES static int attend_each(int parts, const Task *it, const Span *spans, in
 
 /* out = softmax(scaling * q k^T + mask) v for each span; q and out are (tokens, heads, size), k and v have a head for
  * every `group` of those. */
-#define ATTEND(name, parts)                                                                                          \
-    int attend_##name(                                                                                               \
-        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token,\
-        int64_t v_head, void *out, int64_t out_token, int64_t out_head, const Span *spans, int64_t count,            \
-        int64_t heads, int64_t group, int64_t size, double scaling) {                               \
-        Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},                  \
-                   .out = {out, out_token, out_head}, .heads = heads, .group = group, .size = size,                  \
-                   .scaling = scaling};                                                                              \
-        return attend_each(parts, &it, spans, count, 0);                                                    \
+#define ATTEND(name, parts)                                                                                           \
+    int attend_##name(                                                                                                \
+        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token, \
+        int64_t v_head, void *out, int64_t out_token, int64_t out_head, const Span *spans, int64_t count,             \
+        int64_t heads, int64_t group, int64_t size, double scaling) {                                                 \
+        Task it = {                                                                                                   \
+            .q = {q, q_token, q_head},                                                                                \
+            .k = {k, k_token, k_head},                                                                                \
+            .v = {v, v_token, v_head},                                                                                \
+            .out = {out, out_token, out_head},                                                                        \
+            .heads = heads,                                                                                           \
+            .group = group,                                                                                           \
+            .size = size,                                                                                             \
+            .scaling = scaling};                                                                                      \
+        return attend_each(parts, &it, spans, count, 0);                                                              \
     }
 
 /* dq, dk and dv of dout. */
-#define ATTEND_GRADIENT(name, parts)                                                                                 \
-    int attend_gradient_##name(                                                                                      \
-        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token,\
-        int64_t v_head, void *dout, int64_t dout_token, int64_t dout_head, void *dq, int64_t dq_token,               \
-        int64_t dq_head, void *dk, int64_t dk_token, int64_t dk_head, void *dv, int64_t dv_token, int64_t dv_head,   \
-        float *dk_aside, float *dv_aside, const Span *spans, int64_t count, int64_t heads, int64_t group,            \
-        int64_t size, double scaling) {                                                             \
-        Task it = {.q = {q, q_token, q_head}, .k = {k, k_token, k_head}, .v = {v, v_token, v_head},                  \
-                   .dout = {dout, dout_token, dout_head}, .dq = {dq, dq_token, dq_head},                             \
-                   .dk = {dk, dk_token, dk_head}, .dv = {dv, dv_token, dv_head}, .dk_aside = dk_aside,               \
-                   .dv_aside = dv_aside, .heads = heads, .group = group, .size = size, .scaling = scaling};          \
-        return attend_each(parts, &it, spans, count, 1);                                                    \
+#define ATTEND_GRADIENT(name, parts)                                                                                  \
+    int attend_gradient_##name(                                                                                       \
+        void *q, int64_t q_token, int64_t q_head, void *k, int64_t k_token, int64_t k_head, void *v, int64_t v_token, \
+        int64_t v_head, void *dout, int64_t dout_token, int64_t dout_head, void *dq, int64_t dq_token,                \
+        int64_t dq_head, void *dk, int64_t dk_token, int64_t dk_head, void *dv, int64_t dv_token, int64_t dv_head,    \
+        float *dk_aside, float *dv_aside, const Span *spans, int64_t count, int64_t heads, int64_t group,             \
+        int64_t size, double scaling) {                                                                               \
+        Task it = {                                                                                                   \
+            .q = {q, q_token, q_head},                                                                                \
+            .k = {k, k_token, k_head},                                                                                \
+            .v = {v, v_token, v_head},                                                                                \
+            .dout = {dout, dout_token, dout_head},                                                                    \
+            .dq = {dq, dq_token, dq_head},                                                                            \
+            .dk = {dk, dk_token, dk_head},                                                                            \
+            .dv = {dv, dv_token, dv_head},                                                                            \
+            .dk_aside = dk_aside,                                                                                     \
+            .dv_aside = dv_aside,                                                                                     \
+            .heads = heads,                                                                                           \
+            .group = group,                                                                                           \
+            .size = size,                                                                                             \
+            .scaling = scaling};                                                                                      \
+        return attend_each(parts, &it, spans, count, 1);                                                              \
     }
 
 ATTEND(f32, 3)
