@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from tests.ops.test_attention import drawn as drawn_rows
 from tests.ops.test_attention import each_alone, results, trees
 
-from veneer.ops import attention_tiles, native
+from veneer.ops import attention_tiles, native, tiles
 from veneer.ops.attention import causal_attention
 from veneer.ops.product import add_product, product, product_into, product_onto
 
 pytestmark = pytest.mark.skipif(
-    not native.has_tiles(), reason="the processor has no matrix tiles, or no C compiler is there"
+    not tiles.has_tiles(), reason="the processor has no matrix tiles, or no C compiler is there"
 )
 
 
@@ -43,11 +43,11 @@ def test_equals_the_exact_product_as_nearly_as_the_blas(rows, depth, outputs, ac
     left, right = (laid(one, *how) for one, how in zip((x, W), zip(across, (slack, slack), strict=True), strict=True))
     out = laid(torch.zeros(rows, outputs), 0, slack)
     beside = out.as_strided((rows, outputs + slack), (outputs + slack, 1))[:, outputs:]
-    native.multiply(left, right, bias, out)
+    tiles.multiply(left, right, bias, out)
     assert mean_error(out, exact) <= 3 * mean_error(torch.nn.functional.linear(x, W, bias), exact) + 2e-7 * depth**0.5
     assert beside.isnan().all()
     before = out.double()
-    native.multiply(left, right, None, out, onto=True)
+    tiles.multiply(left, right, None, out, onto=True)
     torch.testing.assert_close(out.double(), before + x.double() @ W.double().T, rtol=1e-5, atol=1e-6 * depth)
 
 
@@ -69,8 +69,8 @@ def test_each_of_some_matrices_has_its_own_product(counts, across, with_bias, on
         rows, start = slice(start, start + count), start + count
         if count:
             own = None if bias is None else bias[place]
-            native.multiply(x[rows], W[place], own, expected[rows], onto=onto)
-    assert torch.equal(native.multiply_each(x, W, bias, out, counts, onto=onto), expected)
+            tiles.multiply(x[rows], W[place], own, expected[rows], onto=onto)
+    assert torch.equal(tiles.multiply_each(x, W, bias, out, counts, onto=onto), expected)
 
 
 @pytest.mark.parametrize(("rows", "depth", "outputs"), [(70, 3000, 90), (2100, 70, 2200), (2049, 1025, 64)])
@@ -78,15 +78,15 @@ def test_more_than_is_held_at_a_time(rows, depth, outputs):
     x, W = drawn(rows, depth), drawn(outputs, depth, seed=1)
     exact = x.double() @ W.double().T
     for left, right in ((x, W), (x.T.contiguous().T, W.T.contiguous().T)):
-        out = native.multiply(left, right, None, torch.empty(rows, outputs))
+        out = tiles.multiply(left, right, None, torch.empty(rows, outputs))
         assert mean_error(out, exact) <= 1.3 * mean_error(x @ W.T, exact)
 
 
 def test_all_digits_of_a_number_count():
     exponents = torch.arange(64, dtype=torch.float32).sub(32).exp2()[:, None] * (1 + drawn(64, 64).abs())
     eye = torch.eye(64)
-    assert torch.equal(native.multiply(exponents, eye, None, torch.empty(64, 64)), exponents)
-    assert torch.equal(native.multiply(eye, exponents.T.contiguous(), None, torch.empty(64, 64)), exponents)
+    assert torch.equal(tiles.multiply(exponents, eye, None, torch.empty(64, 64)), exponents)
+    assert torch.equal(tiles.multiply(eye, exponents.T.contiguous(), None, torch.empty(64, 64)), exponents)
 
 
 def test_a_row_depends_on_its_own_inputs_alone_whatever_is_beside_it_and_how_many_threads():
@@ -116,8 +116,8 @@ def test_no_number_is_quietly_made_one():
 @pytest.fixture
 def calls(monkeypatch):
     seen = []
-    multiply = native.multiply
-    monkeypatch.setattr(native, "multiply", lambda *given, **how: (seen.append(1), multiply(*given, **how))[1])
+    multiply = tiles.multiply
+    monkeypatch.setattr(tiles, "multiply", lambda *given, **how: (seen.append(1), multiply(*given, **how))[1])
     return seen
 
 
@@ -156,13 +156,13 @@ def test_all_others_are_not(calls, monkeypatch):
         patch.setattr(native, "kernels", lambda: None)
         product(x, x)
     assert not calls
-    assert not native.multiplies(x.to("meta"), x.to("meta"))
+    assert not tiles.multiplies(x.to("meta"), x.to("meta"))
     three = x.expand(3, 64, 64)
-    assert native.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [192, 0, 0])
-    assert native.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [64, 64, 64])
-    assert not native.multiplies_each(drawn(191, 64), three, None, drawn(191, 64), [64, 64, 63])
-    assert not native.multiplies_each(drawn(64, 192).T, three, None, drawn(192, 64), [64, 64, 64])
-    assert not native.multiplies_each(drawn(0, 64), three, None, drawn(0, 64), [0, 0, 0])
+    assert tiles.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [192, 0, 0])
+    assert tiles.multiplies_each(drawn(192, 64), three, None, drawn(192, 64), [64, 64, 64])
+    assert not tiles.multiplies_each(drawn(191, 64), three, None, drawn(191, 64), [64, 64, 63])
+    assert not tiles.multiplies_each(drawn(64, 192).T, three, None, drawn(192, 64), [64, 64, 64])
+    assert not tiles.multiplies_each(drawn(0, 64), three, None, drawn(0, 64), [0, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,8 +181,8 @@ def test_tiles_equal_the_reference_behind_prefixes_and_without(dtype, tree, head
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_tiles, "MOST_UNEVEN", torch.inf)
         asked = []
-        on_tiles = native.on_tiles
-        patch.setattr(native, "on_tiles", lambda name, *x: asked.append(name) or on_tiles(name, *x))
+        on_tiles = tiles.on_tiles
+        patch.setattr(tiles, "on_tiles", lambda name, *x: asked.append(name) or on_tiles(name, *x))
         got = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=0.3), *given)
     assert asked == ["attend", "attend_gradient"]
     unit = {torch.float32: 2**-20, torch.bfloat16: 2**-8}[dtype]

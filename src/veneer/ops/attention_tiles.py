@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from veneer.ops import native
+from veneer.ops import native, tiles
 from veneer.ops.attention_blocks import Parts
 from veneer.ops.attention_layout import Span
 
@@ -30,7 +30,7 @@ def chosen(spans: Sequence[Span], given: Parts, window: int | None) -> list[Span
         >>> chosen([Span(slice(0, 2))], (one, one, one), None)
         []
     """
-    if not native.suits(*given) or not native.has_tiles():
+    if not native.suits(*given) or not tiles.has_tiles():
         return []
     own = [span for span in spans if window is None or window >= span.before_length + span.length]
     own.sort(key=lambda span: -_scores(span))
@@ -56,7 +56,7 @@ def _evenly(scores: tuple[int, ...], heads: int, threads: int) -> bool:
 def forward(given: Parts, out_THE: Tensor, spans: Sequence[Span], scaling: float) -> None:
     """Write the outputs of some sequences."""
     if spans:
-        native.on_tiles("attend", out_THE, *_rows(*given, out_THE), *_sizes(given, spans, scaling))
+        tiles.on_tiles("attend", out_THE, *_rows(*given, out_THE), *_sizes(given, spans, scaling))
 
 
 def backward(given: Parts, dout_THE: Tensor, wanted: Parts, spans: Sequence[Span], scaling: float) -> None:
@@ -70,7 +70,7 @@ def backward(given: Parts, dout_THE: Tensor, wanted: Parts, spans: Sequence[Span
     before = sum(span.before_length for span in spans)
     dk_AKE, dv_AKE = aside = [torch.empty(before, *given[1].shape[1:]) for _ in range(2)]
     sizes = _sizes(given, spans, scaling)
-    native.on_tiles("attend_gradient", dout_THE, *_rows(*given, dout_THE, *wanted), dk_AKE, dv_AKE, *sizes)
+    tiles.on_tiles("attend_gradient", dout_THE, *_rows(*given, dout_THE, *wanted), dk_AKE, dv_AKE, *sizes)
     for whole_TKE, part_AKE in zip(wanted[1:], aside, strict=True):
         _add_prefixes(whole_TKE, part_AKE, spans)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.ops import native, reference
+from veneer.ops import reference, tiles
 from veneer.ops.lora import autocasting
 from veneer.ops.product import add_product, product_into, product_onto
 from veneer.ops.reference import rows_of_experts
@@ -35,8 +35,8 @@ class _LoRAExperts(torch.autograd.Function):
         counts: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         y_SO, z_SR = x_SI.new_empty(len(x_SI), W_EOI.shape[1]), x_SI.new_empty(len(x_SI), A_ERI.shape[1])
-        if at_once := native.multiplies_each(x_SI, W_EOI, bias_EO, y_SO, counts):
-            native.multiply_each(x_SI, W_EOI, bias_EO, y_SO, counts)
+        if at_once := tiles.multiplies_each(x_SI, W_EOI, bias_EO, y_SO, counts):
+            tiles.multiply_each(x_SI, W_EOI, bias_EO, y_SO, counts)
         for expert, rows in rows_of_experts(counts):
             x_NI, y_NO, z_NR = x_SI[rows], y_SO[rows], z_SR[rows]
             torch.mm(x_NI, A_ERI[expert].T, out=z_NR)
@@ -72,7 +72,7 @@ class _LoRAExperts(torch.autograd.Function):
         B_ERO = B_EOR.mT.contiguous()
         dA_ERI = torch.zeros_like(A_ERI) if needs_A else None
         dB_ERO = torch.zeros_like(B_ERO) if needs_B else None
-        at_once = dx_SI is not None and native.multiplies_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts)
+        at_once = dx_SI is not None and tiles.multiplies_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts)
         for expert, rows in rows_of_experts(ctx.counts):
             x_NI, dy_NO = x_SI[rows], dy_SO[rows]
             dz_NR = (dy_NO @ B_ERO[expert].T).mul_(ctx.scaling)
@@ -89,7 +89,7 @@ class _LoRAExperts(torch.autograd.Function):
             if dbias_EO is not None:
                 torch.sum(dy_NO, 0, out=dbias_EO[expert])
         if at_once and dx_SI is not None:
-            native.multiply_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts, onto=True)
+            tiles.multiply_each(dy_SO, W_EOI.mT, None, dx_SI, ctx.counts, onto=True)
         dB_EOR = None if dB_ERO is None else dB_ERO.mul_(ctx.scaling).mT
         return dx_SI, dW_EOI, dbias_EO, dA_ERI, dB_EOR, None, None
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import native
+from veneer.ops import native, tiles
 from veneer.ops.keeping import Keep, room
 
 
@@ -50,7 +50,7 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep
     """Return `x Wᵀ + bias`, without a gradient of its own.
 
     Equals `F.linear(x, W, bias)` up to rounding. In float32 on a CPU it goes to the processor's matrix tiles where it
-    has such, see `ops.native.multiply`, else to oneDNN where that is quicker than the BLAS, which its maker decides.
+    has such, see `ops.tiles.multiply`, else to oneDNN where that is quicker than the BLAS, which its maker decides.
     Either side may be a transposed view, a small one best `laid_out`. A product that sums over rows, `dYᵀ Z`, is best
     given as `sum_product(Z, dY).T`.
 
@@ -64,7 +64,7 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep
         >>> product(torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
-    by_tiles = native.multiplies(x_NI, W_OI, bias_O)
+    by_tiles = tiles.multiplies(x_NI, W_OI, bias_O)
     on_cpu = x_NI.device.type == "cpu" and x_NI.dtype == W_OI.dtype == torch.float32
     if not by_tiles and _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
         return _ONEDNN(x_NI, W_OI, bias_O, "none", [], "")
@@ -80,8 +80,8 @@ def product_into(out_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | No
         >>> product_into(torch.empty(2, 4), torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
-    if native.multiplies(x_NI, W_OI, bias_O, out_NO):
-        return native.multiply(x_NI, W_OI, bias_O, out_NO)
+    if tiles.multiplies(x_NI, W_OI, bias_O, out_NO):
+        return tiles.multiply(x_NI, W_OI, bias_O, out_NO)
     if bias_O is None:
         return torch.mm(x_NI, W_OI.T, out=out_NO)
     return torch.addmm(bias_O, x_NI, W_OI.T, out=out_NO)
@@ -107,7 +107,7 @@ def product_onto(plus_NO: Tensor, x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | N
         >>> product_onto(torch.full((1, 1), 2**-8).bfloat16(), x, W), product(x, W) + 2**-8
         (tensor([[1.0078]], dtype=torch.bfloat16), tensor([[1.]], dtype=torch.bfloat16))
     """
-    by_tiles = native.multiplies(x_NI, W_OI, bias_O, plus_NO)
+    by_tiles = tiles.multiplies(x_NI, W_OI, bias_O, plus_NO)
     by_onednn = bias_O is not None or (_ONEDNN is not None and x_NI.dtype == torch.float32)
     on_cpu = x_NI.device.type == "cpu" and 0 not in (*x_NI.shape, *W_OI.shape)
     if not by_tiles and by_onednn and _ONEDNN_ONTO is not None and on_cpu:
@@ -123,8 +123,8 @@ def add_product(sums_NO: Tensor, x_NI: Tensor, W_OI: Tensor) -> Tensor:
         >>> add_product(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [4.0, 4.0, 4.0, 4.0]
     """
-    if native.multiplies(x_NI, W_OI, sums_NO):
-        return native.multiply(x_NI, W_OI, None, sums_NO, onto=True)
+    if tiles.multiplies(x_NI, W_OI, sums_NO):
+        return tiles.multiply(x_NI, W_OI, None, sums_NO, onto=True)
     return sums_NO.addmm_(x_NI, W_OI.T)
 
 

@@ -5,6 +5,7 @@
 int veneer_has_tiles(void) { return 0; }
 int multiply_f32(void) { return 0; }
 int multiply_each_f32(void) { return 0; }
+int multiply_shifted_f32(void) { return 0; }
 #else
 #include <cpuid.h>
 #include <stdlib.h>
@@ -146,21 +147,40 @@ ON_TILES static int multiply_some(Product *products, int64_t count, int64_t dept
     return 1;
 }
 
+/* Products of one depth that are computed together, as many as are held at a time. */
+typedef struct {
+    Product some[MOST_HELD];
+    int64_t number, panels, depth;
+    int there;
+} Batch;
+
+ON_TILES static void finish(Batch *batch) {
+    batch->there = batch->there && multiply_some(batch->some, batch->number, batch->depth);
+    batch->number = batch->panels = 0;
+}
+
+ON_TILES static void add(Batch *batch, Product one) {
+    const int64_t panels = parts_of(held_of(&one)->count, BLOCK);
+    for (; one.first < panels; one.first += MOST_HELD) {
+        one.panels = at_most(panels - one.first, MOST_HELD);
+        if (batch->panels + one.panels > MOST_HELD) finish(batch);
+        batch->some[batch->number++] = one;
+        batch->panels += one.panels;
+    }
+}
+
 /* out = x . W^T, or onto it, or with a bias for each column; x is (rows, depth), W (columns, depth), out (rows,
  * columns). Of each side one of both strides is 1. Tells whether there was memory for it. */
 ON_TILES int multiply_f32(
     const float *x, int64_t x_stride, int64_t x_across, const float *W, int64_t W_stride, int64_t W_across,
     const float *bias, float *out, int64_t out_stride, int64_t onto, int64_t rows, int64_t columns, int64_t depth) {
-    Product one = {
-        {x, rows, depth, x_stride, x_across, 0, 0}, {W, columns, depth, W_stride, W_across, 1, 0}, {0}, 0, 0};
-    const int64_t panels = parts_of(held_of(&one)->count, BLOCK);
-    int there = 1;
-    for (; there && one.first < panels; one.first += MOST_HELD) {
-        one.panels = at_most(panels - one.first, MOST_HELD);
-        one.out = (Sums){out, out_stride, rows, columns, bias, onto};
-        there = multiply_some(&one, 1, depth);
-    }
-    return there;
+    Batch batch = {.depth = depth, .there = 1};
+    add(&batch, (Product){
+                    .left = {x, rows, depth, x_stride, x_across, 0, 0, 0},
+                    .right = {W, columns, depth, W_stride, W_across, 1, 0, 0},
+                    .out = {out, out_stride, rows, columns, bias, onto}});
+    finish(&batch);
+    return batch.there;
 }
 
 /* The same for the rows of each of some matrices: x and out hold one's after another's, W and bias are side by side.
@@ -169,32 +189,28 @@ ON_TILES int multiply_each_f32(
     const float *x, int64_t x_stride, const float *W, int64_t W_matrix, int64_t W_stride, int64_t W_across,
     const float *bias, float *out, int64_t out_stride, int64_t onto, const int64_t *counts, int64_t matrices,
     int64_t columns, int64_t depth) {
-    Product some[MOST_HELD];
-    int64_t number = 0, panels = 0;
-    int there = 1;
-    for (int64_t i = 0; there && i < matrices; x += counts[i] * x_stride, out += counts[i] * out_stride, i++) {
-        const float *own = W + i * W_matrix, *own_bias = bias ? bias + i * columns : 0;
-        Product one = {
-            {x, counts[i], depth, x_stride, 0, 0, 0},
-            {own, columns, depth, W_stride, W_across, 1, 0},
-            {out, out_stride, counts[i], columns, own_bias, onto},
-            0,
-            0};
-        one.panels = parts_of(held_of(&one)->count, BLOCK);
-        if (!one.panels) continue;
-        if (panels + one.panels > MOST_HELD) {
-            there = multiply_some(some, number, depth);
-            number = panels = 0;
-        }
-        if (one.panels > MOST_HELD) {
-            there = there && multiply_f32(
-                                 x, x_stride, 0, own, W_stride, W_across, own_bias, out, out_stride, onto, counts[i],
-                                 columns, depth);
-            continue;
-        }
-        some[number++] = one;
-        panels += one.panels;
-    }
-    return there && multiply_some(some, number, depth);
+    Batch batch = {.depth = depth, .there = 1};
+    for (int64_t i = 0; i < matrices; x += counts[i] * x_stride, out += counts[i] * out_stride, i++)
+        add(&batch, (Product){
+                        .left = {x, counts[i], depth, x_stride, 0, 0, 0, 0},
+                        .right = {W + i * W_matrix, columns, depth, W_stride, W_across, 1, 0, 0},
+                        .out = {out, out_stride, counts[i], columns, bias ? bias + i * columns : 0, onto}});
+    finish(&batch);
+    return batch.there;
+}
+
+/* out = W . x^T for each of some samples of x, whose `places` follow each other: number k of a place stands starts[k]
+ * behind it. W is (rows, depth), out (samples, rows, places). */
+ON_TILES int multiply_shifted_f32(
+    const float *W, const float *x, int64_t x_sample, const int64_t *starts, float *out, int64_t samples, int64_t rows,
+    int64_t places, int64_t depth) {
+    Batch batch = {.depth = depth, .there = 1};
+    for (int64_t i = 0; i < samples; i++)
+        add(&batch, (Product){
+                        .left = {W, rows, depth, depth, 0, 0, 0, 0},
+                        .right = {x + i * x_sample, places, depth, 0, 1, 1, 0, starts},
+                        .out = {out + i * rows * places, places, rows, places, 0, 0}});
+    finish(&batch);
+    return batch.there;
 }
 #endif

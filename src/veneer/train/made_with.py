@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from veneer import __version__
 from veneer.config import RunConfig
 from veneer.nn.attach import attachment_of
-from veneer.ops import native
+from veneer.ops import native, tiles
 from veneer.train.prepare import PreparedData
 
 _MAY_CHANGE: dict[str, Any] = {"out": True, "train": {"checkpoint_every", "keep_checkpoints"}}
@@ -44,7 +44,7 @@ def made_with(model: PreTrainedModel, data: PreparedData, config: RunConfig) -> 
         "num_threads": torch.get_num_threads(),
         "device": _device(model.device),
         "kernels": native.source() if model.device.type == "cpu" else None,
-        "tiles": native.has_tiles() if model.device.type == "cpu" else None,
+        "tiles": tiles.has_tiles() if model.device.type == "cpu" else None,
     }
 
 

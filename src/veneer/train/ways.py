@@ -14,7 +14,8 @@ from veneer.base.batching import Way, batching, find_way
 from veneer.base.fast import decoder_layers, fast_modules, plain_modules
 from veneer.config import TrainConfig
 from veneer.errors import ConfigError
-from veneer.ops.native import has_tiles, kernels
+from veneer.ops.native import kernels
+from veneer.ops.tiles import has_tiles
 from veneer.train.allocator import kept_memory
 
 log = logging.getLogger("veneer")
