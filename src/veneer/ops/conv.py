@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.factors import FORMS
-from veneer.ops import conv_tiles
 from veneer.ops.dora import is_far_from_zero
 
 _BLOCK = 1 << 18
@@ -27,31 +26,13 @@ class Geometry(NamedTuple):
     groups: int
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the convolution, torch's own: while B is zero, a layer's output is the base's, bit for bit."""
+        """Return the convolution."""
         stride, padding, dilation, groups = self
         return torch.convolution(x, kernel, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
-    def convolve_anyhow(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """Return the convolution in the quickest way; rows of the output may lie apart."""
-        if self._is_plain and conv_tiles.convolves(x, kernel, self.padding, self.dilation):
-            return conv_tiles.convolve(x, kernel, self.padding, self.dilation)
-        return self.convolve(x, kernel)
-
     def input_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-        """Return the gradient of the input: the convolution of the output's with the kernel turned around."""
-        if self._is_plain:
-            turned = kernel.transpose(0, 1).flip(*range(2, kernel.ndim))
-            back = [
-                apart * (size - 1) - one
-                for size, apart, one in zip(kernel.shape[2:], self.dilation, self.padding, strict=True)
-            ]
-            if conv_tiles.convolves(dy, turned, back, self.dilation):
-                return conv_tiles.convolve(dy, turned, back, self.dilation).contiguous()
+        """Return the gradient of the input."""
         return self._gradient(dy, x, kernel, 0)
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.groups == 1 and set(self.stride) == {1}
 
     def kernel_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
         """Return the gradient of the kernel."""
@@ -102,9 +83,8 @@ def _factor_gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geo
 def _channel_dots(a: Tensor, b: Tensor) -> Tensor:
     """Return `(a * b).sum` over all axes but the channels', a few samples at a time."""
     samples = max(1, _BLOCK * len(a) // max(1, a.numel()))
-    pairs = zip(a.split(samples), b.split(samples), strict=True)
-    others = (0, *range(2, a.ndim - 1))
-    return torch.stack([torch.linalg.vecdot(one, other).sum(others) for one, other in pairs]).sum(0)
+    pairs = zip(a.flatten(2).split(samples), b.flatten(2).split(samples), strict=True)
+    return torch.stack([torch.linalg.vecdot(a_NOP, b_NOP).sum(0) for a_NOP, b_NOP in pairs]).sum(0)
 
 
 class _How(NamedTuple):
@@ -131,11 +111,9 @@ class _LoRAConv(torch.autograd.Function):
         kernel = _merged_kernel(W, A, B, how.scaling, ratio_O)
         if not how.keeps_output:
             return how.geometry.convolve(x, kernel, bias_O), None
-        v = how.geometry.convolve_anyhow(x, kernel)
+        v = how.geometry.convolve(x, kernel)
         # Never the output itself: what comes behind a convolution often writes into it.
-        return v.clone(memory_format=torch.contiguous_format) if bias_O is None else v + bias_O.view(
-            -1, *(1,) * (v.ndim - 2)
-        ), v
+        return v.clone() if bias_O is None else v + bias_O.view(-1, *(1,) * (v.ndim - 2)), v
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:

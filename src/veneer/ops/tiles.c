@@ -5,7 +5,6 @@
 int veneer_has_tiles(void) { return 0; }
 int multiply_f32(void) { return 0; }
 int multiply_each_f32(void) { return 0; }
-int multiply_shifted_f32(void) { return 0; }
 #else
 #include <cpuid.h>
 #include <stdlib.h>
@@ -176,8 +175,8 @@ ON_TILES int multiply_f32(
     const float *bias, float *out, int64_t out_stride, int64_t onto, int64_t rows, int64_t columns, int64_t depth) {
     Batch batch = {.depth = depth, .there = 1};
     add(&batch, (Product){
-                    .left = {x, rows, depth, x_stride, x_across, 0, 0, 0},
-                    .right = {W, columns, depth, W_stride, W_across, 1, 0, 0},
+                    .left = {x, rows, depth, x_stride, x_across, 0, 0},
+                    .right = {W, columns, depth, W_stride, W_across, 1, 0},
                     .out = {out, out_stride, rows, columns, bias, onto}});
     finish(&batch);
     return batch.there;
@@ -192,24 +191,9 @@ ON_TILES int multiply_each_f32(
     Batch batch = {.depth = depth, .there = 1};
     for (int64_t i = 0; i < matrices; x += counts[i] * x_stride, out += counts[i] * out_stride, i++)
         add(&batch, (Product){
-                        .left = {x, counts[i], depth, x_stride, 0, 0, 0, 0},
-                        .right = {W + i * W_matrix, columns, depth, W_stride, W_across, 1, 0, 0},
+                        .left = {x, counts[i], depth, x_stride, 0, 0, 0},
+                        .right = {W + i * W_matrix, columns, depth, W_stride, W_across, 1, 0},
                         .out = {out, out_stride, counts[i], columns, bias ? bias + i * columns : 0, onto}});
-    finish(&batch);
-    return batch.there;
-}
-
-/* out = W . x^T for each of some samples of x, whose `places` follow each other: number k of a place stands starts[k]
- * behind it. W is (rows, depth), out (samples, rows, places). */
-ON_TILES int multiply_shifted_f32(
-    const float *W, const float *x, int64_t x_sample, const int64_t *starts, float *out, int64_t samples, int64_t rows,
-    int64_t places, int64_t depth) {
-    Batch batch = {.depth = depth, .there = 1};
-    for (int64_t i = 0; i < samples; i++)
-        add(&batch, (Product){
-                        .left = {W, rows, depth, depth, 0, 0, 0, 0},
-                        .right = {x + i * x_sample, places, depth, 0, 1, 1, 0, starts},
-                        .out = {out + i * rows * places, places, rows, places, 0, 0}});
     finish(&batch);
     return batch.there;
 }

@@ -84,16 +84,10 @@ typedef struct {
     const void *at;
     int64_t count, depth, stride;
     int across, is_right, narrow;
-    const int64_t *starts; /* across, where each number of the first vector stands, if not `stride` apart */
 } Matrix;
 
 INLINE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
 INLINE __mmask16 first_of(int64_t count) { return count <= 0 ? 0 : count >= 16 ? 0xffff : (1u << count) - 1; }
-
-/* Where the first vector's number `depth` stands, or the last one's, where there are no more. */
-INLINE int64_t start_of(const Matrix *side, int64_t depth) {
-    return side->starts ? side->starts[at_most(depth, side->depth - 1)] : depth * side->stride;
-}
 
 /* Up to 16 numbers from each of two places in memory, in parts; what is read next is asked for. */
 ON_TILES INLINE void read_two(
@@ -123,11 +117,11 @@ ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, in
     for (int64_t row = 0; row < SIDE; row++) {
         __m512i out[MOST_PARTS] = {0};
         if (side->across) {
-            int64_t number = from + 2 * row, at = start_of(side, number) + first;
-            __mmask16 some = 2 * row < left ? first_of(side->count - first) : 0, more = 2 * row + 1 < left ? some : 0;
-            int64_t other = more ? start_of(side, number + 1) + first : at,
-                    next = start_of(side, number + DEPTH) + first;
-            read_two(parts, side->narrow, side->at, at, some, other, more, next - at, out);
+            int64_t at = (from + 2 * row) * stride + first;
+            __mmask16 some = first_of(side->count - first);
+            read_two(
+                parts, side->narrow, side->at, at, 2 * row < left ? some : 0, at + stride,
+                2 * row + 1 < left ? some : 0, DEPTH * stride, out);
         } else {
             int64_t at = (first + row) * stride + from, there = first + row < side->count ? left : 0;
             read_two(
