@@ -61,7 +61,7 @@ def test_gates_computed_again_give_the_same_bytes(make_run, caplog, adapter):
     once = run(make_run("once", adapter, checkpoint_activations=False))
     assert "computed again" not in messages(caplog)
     again = run(make_run("again", adapter, checkpoint_activations="gates"))
-    assert "gates and what they multiply are computed again" in messages(caplog)
+    assert "gates of 2 layers, and what they multiply, are computed again" in messages(caplog)
     assert once.adapter.digest == again.adapter.digest
 
 
@@ -76,6 +76,22 @@ def test_by_itself_gates_are_computed_again_where_tiles_are(tiny, monkeypatch, c
     caplog.clear()
     with computing(model.bfloat16(), TrainConfig()):
         assert "computed again" not in messages(caplog)
+
+
+@pytest.mark.parametrize("reason", ["plain", "other layers"])
+def test_gates_that_are_not_known_are_an_error(tiny, monkeypatch, reason):
+    model = tiny()
+    attach(model, LoRAConfig(rank=2))
+    if reason == "other layers":
+        model.get_decoder().layers[0].register_forward_hook(lambda *_: None)
+        model.get_decoder().layers[1].register_forward_hook(lambda *_: None)
+    settings = TrainConfig(checkpoint_activations="gates", fast=reason != "plain")
+    with (
+        pytest.raises(ConfigError, match="no layer of LlamaForCausalLM is; `true` computes"),
+        computing(model, settings),
+    ):
+        pass
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def invocation_of(config) -> list[int]:

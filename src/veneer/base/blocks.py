@@ -66,8 +66,8 @@ _GATES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 _HEAD_NORMS = ("q_norm", "k_norm")
 
 
-Anew = Callable[[], Keep]
-"""Gives room for what one layer computes and nobody keeps, the same for each."""
+Anew = Callable[[], Keep | None]
+"""Gives room for what one layer computes and nobody keeps, the same for each; None stands for the heap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,19 +248,25 @@ def block_forward(
         "sequence_lengths": lengths,
         "sequence_prefixes": options.get("sequence_prefixes"),
     }
-    layer = block.layer
-    kept = keep if _has_backward(layer, hidden_states) else None
+    layer, has_backward = block.layer, _has_backward(block.layer, hidden_states)
+    kept = keep if has_backward and hidden_states.device.type == "cpu" else None
+
+    def room() -> Keep | None:
+        return None if kept is None else anew()
+
     if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training):
-        return block.forward(hidden_states, **given, keep=kept, gates_again=anew if gates_again and kept else None)
+        return block.forward(
+            hidden_states, **given, keep=kept, gates_again=room if gates_again and has_backward else None
+        )
 
     def again(hidden_states: Tensor) -> Tensor:
-        return block.forward(hidden_states, **given, keep=None if kept is None else anew())
+        return block.forward(hidden_states, **given, keep=room())
 
     # In transformers' layers this is a part of `forward`.
     return moved(layer._gradient_checkpointing_func(again, hidden_states), kept)
 
 
 def _has_backward(layer: nn.Module, hidden_states: Tensor) -> bool:
-    if not torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+    if not torch.is_grad_enabled():
         return False
     return hidden_states.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())

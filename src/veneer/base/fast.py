@@ -56,7 +56,7 @@ def fast_modules(model: PreTrainedModel, *, gates_again: bool = False) -> Iterat
 
     Args:
         model: A decoder of transformers, with an adapter attached or not.
-        gates_again: On a CPU, compute gates and what they multiply again in the backward rather than keep them.
+        gates_again: Compute gates and what they multiply again in the backward rather than keep them.
 
     Yields:
         What was replaced, and what was left and why.

@@ -180,12 +180,13 @@ def causal_attention(
     Cost:
         Of the S² scores of a sequence S (S + 96) / 2 are computed; with a window only those near it. Backward computes
         them again. Kept: queries, keys and values as they came, and the output where torch's kernel does the backward.
-        On matrix tiles float32 takes 0.4 of the time (0.75 where one sequence fills a step), without windows and
-        prefixes, if there are enough sequences and key heads for all threads. Else sequences of one length that follow
-        each other go to torch's kernel together, without padding, in 16 bits and on Intel's processors in float32 too,
-        unless they have windows or a prefix longer than themselves: forward it takes 0.6 to 0.97 of the blocks' time
-        (measured on two cores, 9 heads over 3, 14 over 2, 8 over 8; 0.25 to 0.7 in 16 bits), backward 0.64 to 0.98 from
-        768 tokens on, 0.8 to 1.5 below. Blocks compute 16 bits in 32.
+        Matrix tiles take what fits its window, behind a prefix or not, in float32 and bfloat16, if there are enough
+        sequences and key heads for all threads: 0.45 and 0.3 of the time of the others (0.9 and 0.5 where one sequence
+        fills a step). Else sequences of one length that follow each other go to torch's kernel together, without
+        padding, in 16 bits and on Intel's processors in float32 too, unless they have windows or a prefix longer than
+        themselves: forward it takes 0.6 to 0.97 of the blocks' time (measured on two cores, 9 heads over 3, 14 over 2,
+        8 over 8; 0.25 to 0.7 in 16 bits), backward 0.64 to 0.98 from 768 tokens on, 0.8 to 1.5 below. Blocks compute 16
+        bits in 32.
 
     Example:
         >>> q, v = torch.ones(3, 1, 1), torch.arange(3.0).view(3, 1, 1)

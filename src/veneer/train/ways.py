@@ -35,12 +35,13 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
 
     Raises:
         BaseModelError: If the model can take neither ragged nor padded batches.
-        ConfigError: If activations are to be checkpointed and the model's layers cannot be.
+        ConfigError: If layers or gates are to be computed again and the model's cannot be.
     """
     way = find_way(model, fast=settings.fast)
     if way.fast and not (way.padded or way.alone) and model.device.type == "cpu":
         # What waits for its cue (`alone`) would be asked of the filling too.
         way = replace(way, multiple=FILL)
+    found = 0
     with ExitStack() as stack:
         stack.enter_context(batching(model, way))
         if way.padded:
@@ -50,9 +51,11 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(flushed_denormals())
             if not way.padded:
                 again = gates_again(model, settings)
-                log.info("%s", stack.enter_context(fast_modules(model, gates_again=again)))
-                if again:
-                    log.info("gates and what they multiply are computed again in the backward rather than kept")
+                fast = stack.enter_context(fast_modules(model, gates_again=again))
+                found = len(fast.blocks)
+                log.info("%s", fast)
+                if again and fast.blocks:
+                    log.info("gates of %d layers, and what they multiply, are computed again in the backward", found)
             if model.device.type == "cpu" and kernels() is None:
                 log.info(
                     "the kernels in C were not compiled, torch computes in their place: install again where gcc is"
@@ -61,6 +64,11 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(plain_modules(model))
             stack.enter_context(heard(model))
             log.info("everything is computed by the plain reference (train.fast is false)")
+        if settings.checkpoint_activations == "gates" and not found:
+            raise ConfigError(
+                "train.checkpoint_activations: gates are known in layers that are computed the fast way alone, and no "
+                f"layer of {type(model).__name__} is; `true` computes whole layers again"
+            )
         if settings.checkpoint_activations is True:
             stack.enter_context(checkpointed(model))
         yield way
