@@ -33,7 +33,7 @@ from veneer.config import TrainConfig
 from veneer.scoring.loss import summed_loss
 from veneer.storage.int8 import Int8Linear
 from veneer.train.optimizer import FlatAdamW
-from veneer.train.ways import computing, gates_again
+from veneer.train.ways import computing, gates_again_from
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import bytes_held, memory, save, table
@@ -118,7 +118,7 @@ def formula_bytes(model: PreTrainedModel, tokens: int, parameters: int, settings
     of_all, of_one = width, 0
     if settings.checkpoint_activations is True:
         of_all, of_one = config.hidden_size, width
-    elif gates_again(model, settings):
+    elif (start := gates_again_from(model, settings)) is not None and tokens >= start:
         of_all, of_one = width - gates, gates
     kept = tokens * (of_all * config.num_hidden_layers + of_one)
     rows = min(veneer.ops.loss.chunk_rows(config.vocab_size, 4), tokens)

@@ -306,8 +306,9 @@ class TrainConfig(Settings):
             folder that is gone afterwards.
         checkpoint_activations: What is computed again in the backward rather than kept. `true`: each layer, of which
             its input alone is kept: a tenth of the memory of activations, for about a third more time. `gates`: of each
-            layer the gate and what it multiplies: half of the memory, for about a tenth more time. `auto` is `gates` in
-            float32 on processors with matrix tiles (AMX), whose products cost little beside memory, else `false`.
+            layer the gate and what it multiplies: half of the memory, for a tenth more time, a fifth where tokens are
+            few. `auto` is `gates` from 1,024 tokens of a forward on in float32 on processors with matrix tiles (AMX),
+            whose products cost little beside memory, else `false`.
         fast: Compute by the fast paths; `false` computes by the plain reference of each, for anyone who doubts.
         lora_plus_ratio: Learning rate of `lora_B` over `learning_rate` (LoRA+, about 16, with a lower
             `learning_rate`). Embeddings, magnitudes and what trains whole keep `learning_rate`.

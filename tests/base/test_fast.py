@@ -373,8 +373,8 @@ def test_gates_computed_again_are_the_same_and_not_kept(family, changes, monkeyp
     monkeypatch.setattr(fast_ways, "ActivationStack", Watched)
     model = attached(model_of(*FAMILIES[family]), **changes).train()
     found, taken = [], []
-    for gates_again in (False, True):
-        with ragged_attention(model), fast_modules(model, gates_again=gates_again) as fast:
+    for again_from in (sum(LENGTHS) + 1, sum(LENGTHS)):
+        with ragged_attention(model), fast_modules(model, again_from=again_from) as fast:
             torch.manual_seed(7)
             loss = summed_loss(model, batch())
             taken.append(stacks[-2]._taken)
@@ -388,8 +388,8 @@ def test_gates_that_train_whole_are_kept():
     model = attached(model_of(*FAMILIES["llama"]), target_modules=["q_proj"]).train()
     model.get_decoder().layers[0].mlp.down_proj.weight.requires_grad_()
     found = []
-    for gates_again in (False, True):
-        with ragged_attention(model), fast_modules(model, gates_again=gates_again):
+    for again_from in (None, 0):
+        with ragged_attention(model), fast_modules(model, again_from=again_from):
             found.append(gradients_of(model, summed_loss(model, batch())))
     assert all(torch.equal(*pair) for pair in zip(*(one.values() for one in found), strict=True))
 

@@ -230,13 +230,14 @@ def block_forward(
     anew: Anew,
     hidden_states: Tensor,
     *args: Any,
-    gates_again: bool = False,
+    again_from: int | None = None,
     **options: Any,
 ) -> Any:
     """Compute a layer's output the fast way for a ragged batch, and by its own `forward` for anything else.
 
     What a backward will need goes where `keep` gives room; in a layer that will be computed again that is its output,
-    and the rest goes where `anew` does, as do gate and up where these alone are computed again.
+    and the rest goes where `anew` does. So do gate and up in forwards of `again_from` tokens or more, in which these
+    alone are computed again; None never does.
     """
     lengths = options.get("sequence_lengths")
     turns = options.get("position_embeddings")
@@ -254,10 +255,9 @@ def block_forward(
     def room() -> Keep | None:
         return None if kept is None else anew()
 
+    gates_too = has_backward and again_from is not None and hidden_states.shape[1] >= again_from
     if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training):
-        return block.forward(
-            hidden_states, **given, keep=kept, gates_again=room if gates_again and has_backward else None
-        )
+        return block.forward(hidden_states, **given, keep=kept, gates_again=room if gates_too else None)
 
     def again(hidden_states: Tensor) -> Tensor:
         return block.forward(hidden_states, **given, keep=room())

@@ -46,7 +46,7 @@ class FastModules:
 
 
 @contextmanager
-def fast_modules(model: PreTrainedModel, *, gates_again: bool = False) -> Iterator[FastModules]:
+def fast_modules(model: PreTrainedModel, *, again_from: int | None = None) -> Iterator[FastModules]:
     """Compute decoder layers and norms by our own functions within the block; afterwards the model is as it was.
 
     What a layer gives is proved before: on two short sequences, each layer that is replaced gave what it gives by
@@ -56,7 +56,8 @@ def fast_modules(model: PreTrainedModel, *, gates_again: bool = False) -> Iterat
 
     Args:
         model: A decoder of transformers, with an adapter attached or not.
-        gates_again: Compute gates and what they multiply again in the backward rather than keep them.
+        again_from: In forwards of so many tokens or more, compute gates and what they multiply again in the backward
+            rather than keep them; None never does.
 
     Yields:
         What was replaced, and what was left and why.
@@ -67,17 +68,17 @@ def fast_modules(model: PreTrainedModel, *, gates_again: bool = False) -> Iterat
             loss = summed_loss(model, batch)
     """
     with ExitStack() as stack:
-        yield _install(model, stack, gates_again=gates_again)
+        yield _install(model, stack, again_from)
 
 
-def _install(model: PreTrainedModel, stack: ExitStack, *, gates_again: bool) -> FastModules:
+def _install(model: PreTrainedModel, stack: ExitStack, again_from: int | None) -> FastModules:
     blocks, left = _blocks(model, decoder_layers(model))
     activations, again = ActivationStack(), ActivationStack()
     if blocks:
         stack.callback(model.get_decoder().register_forward_pre_hook(partial(_begin, activations)).remove)
     for block in blocks.values():
         rooms = activations.empty, partial(_anew, again)
-        forward = partial(block_forward, block, block.layer.forward, *rooms, gates_again=gates_again)
+        forward = partial(block_forward, block, block.layer.forward, *rooms, again_from=again_from)
         _replace(stack, block.layer, forward)
     norms = {}
     for path, module in model.named_modules():

@@ -26,6 +26,10 @@ it meets, 7 MB a step of SmolLM2, and no freed tensor fits the next one: in 31 s
 rose by 730 MB, with multiples of 32 by 180 MB, in no more time."""
 
 
+MANY = 1024
+"""Tokens of a forward from which on memory counts: with fewer, computing gates again takes a fifth of a step."""
+
+
 @contextmanager
 def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
     """Let a model take batches within the block and compute as the settings say; afterwards all is as before.
@@ -50,12 +54,12 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
             stack.enter_context(kept_memory())
             stack.enter_context(flushed_denormals())
             if not way.padded:
-                again = gates_again(model, settings)
-                fast = stack.enter_context(fast_modules(model, gates_again=again))
+                again = gates_again_from(model, settings)
+                fast = stack.enter_context(fast_modules(model, again_from=again))
                 found = len(fast.blocks)
                 log.info("%s", fast)
-                if again and fast.blocks:
-                    log.info("gates of %d layers, and what they multiply, are computed again in the backward", found)
+                if again is not None and found:
+                    log.info("from %d tokens on gates of %d layers are computed again in the backward", again, found)
             if model.device.type == "cpu" and kernels() is None:
                 log.info(
                     "the kernels in C were not compiled, torch computes in their place: install again where gcc is"
@@ -74,16 +78,17 @@ def computing(model: PreTrainedModel, settings: TrainConfig) -> Iterator[Way]:
         yield way
 
 
-def gates_again(model: PreTrainedModel, settings: TrainConfig) -> bool:
-    """Tell whether gates are computed again: as asked, or where float32 on matrix tiles makes it cheap.
+def gates_again_from(model: PreTrainedModel, settings: TrainConfig) -> int | None:
+    """Return from how many tokens of a forward on gates are computed again: as asked, or where it is cheap; None never.
 
     Example:
-        if gates_again(model, TrainConfig()):
-            print("a step keeps half of what it would")
+        if (start := gates_again_from(model, TrainConfig())) is not None:
+            print(f"a step of {start} tokens keeps half of what it would")
     """
     if settings.checkpoint_activations == "auto":
-        return has_tiles() and model.device.type == "cpu" and model.dtype == torch.float32
-    return settings.checkpoint_activations == "gates"
+        cheap = has_tiles() and model.device.type == "cpu" and model.dtype == torch.float32
+        return MANY if cheap else None
+    return 0 if settings.checkpoint_activations == "gates" else None
 
 
 @contextmanager
