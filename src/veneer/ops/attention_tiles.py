@@ -35,7 +35,7 @@ def chosen(spans: Sequence[Span], given: Parts, window: int | None) -> list[Span
     own = [span for span in spans if window is None or window >= span.before_length + span.length]
     own.sort(key=lambda span: -_scores(span))
     scores = tuple(_scores(span) for span in own)
-    return own if _evenly(scores, given[1].shape[1], torch.get_num_threads()) else []
+    return own if _unevenness(scores, given[1].shape[1], torch.get_num_threads()) <= MOST_UNEVEN else []
 
 
 def _scores(span: Span) -> int:
@@ -44,13 +44,13 @@ def _scores(span: Span) -> int:
 
 
 @lru_cache(maxsize=256)
-def _evenly(scores: tuple[int, ...], heads: int, threads: int) -> bool:
-    """Tell whether threads that take what comes next, the most first, end nearly together."""
+def _unevenness(scores: tuple[int, ...], heads: int, threads: int) -> float:
+    """Return how many times its even share the slowest has, of threads that take what comes next, the most first."""
     busy = [0] * threads
     for count in scores:
         for _ in range(heads):
             heapq.heapreplace(busy, busy[0] + count)
-    return threads * max(busy) <= MOST_UNEVEN * sum(busy)
+    return threads * max(busy) / max(1, sum(busy))
 
 
 def forward(given: Parts, out_THE: Tensor, spans: Sequence[Span], scaling: float) -> None:
