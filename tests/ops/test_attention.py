@@ -34,6 +34,16 @@ def each_alone(lengths, scaling, window):
     return function
 
 
+def behind_prefixes(lengths, prefixes, window=None):
+    """The reference, at a scaling of 0.3, of sequences behind what they continue, of which their own rows are kept."""
+    places = torch.arange(sum(lengths)).split(lengths)
+    befores = [places[prefix] if prefix is not None else places[0][:0] for prefix in prefixes]
+    rows = torch.cat([torch.cat(pair) for pair in zip(befores, places, strict=True)])
+    own = torch.cat([torch.arange(len(p) + len(b)) >= len(b) for b, p in zip(befores, places, strict=True)])
+    sizes = [len(before) + len(part) for before, part in zip(befores, places, strict=True)]
+    return lambda *given: each_alone(sizes, 0.3, window)(*(one[rows] for one in given))[own]
+
+
 @pytest.fixture(params=["blocks", "torch's kernel forward", "torch's kernel both ways"])
 def way(request, monkeypatch):
     """Who computes what has no window: a processor's maker decides it, and the length."""
@@ -79,17 +89,8 @@ def trees(draw):
 @pytest.mark.usefixtures("way")
 def test_sequences_that_continue_another_equal_whole_ones(tree, heads, window, dtype):
     lengths, prefixes = tree
-    places = torch.arange(sum(lengths)).split(lengths)
-    befores = [places[prefix] if prefix is not None else places[0][:0] for prefix in prefixes]
-    whole = torch.cat([torch.cat(pair) for pair in zip(befores, places, strict=True)])
-    own = torch.cat([torch.arange(len(p) + len(b)) >= len(b) for b, p in zip(befores, places, strict=True)])
-    sizes = [len(before) + len(part) for before, part in zip(befores, places, strict=True)]
-
-    def expanded(q, k, v):
-        return each_alone(sizes, 0.3, window)(q[whole], k[whole], v[whole])[own]
-
     given = drawn(sum(lengths), *heads, 4, dtype)
-    expected = results(expanded, *given)
+    expected = results(behind_prefixes(lengths, prefixes, window), *given)
     got = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=0.3, window=window), *given)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(got, expected, **tolerance)
@@ -221,16 +222,8 @@ def test_16_bits_behind_a_prefix(monkeypatch, kernel_length, dtype, window):
     """A prefix shorter than what continues it goes to torch's kernel, a longer one does not; two make a run."""
     monkeypatch.setattr(attention, "KERNEL_LENGTH", kernel_length)
     lengths, prefixes = (30, 50, 50, 40, 10, 25), (None, 0, 0, 0, 0, None)
-    places = torch.arange(sum(lengths)).split(lengths)
-    whole = [torch.cat([*([] if p is None else [places[p]]), own]) for p, own in zip(prefixes, places, strict=True)]
-    own = torch.cat([torch.arange(len(one)) >= len(one) - n for one, n in zip(whole, lengths, strict=True)])
-    rows, sizes = torch.cat(whole), [len(one) for one in whole]
-
-    def expanded(q, k, v):
-        return each_alone(sizes, 0.3, window)(q[rows], k[rows], v[rows])[own]
-
     given = drawn(sum(lengths), 4, 2, 16, dtype)
-    expected = results(expanded, *(one.double() for one in given))
+    expected = results(behind_prefixes(lengths, prefixes, window), *(one.double() for one in given))
     got = results(lambda *x: causal_attention(*x, lengths, prefixes, scaling=0.3, window=window), *given)
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     for ours, exact in zip(got, expected, strict=True):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.ops.test_attention import behind_prefixes, results, trees
 from tests.ops.test_attention import drawn as drawn_rows
-from tests.ops.test_attention import each_alone, results, trees
 
 from veneer.ops import attention_tiles, native, tiles
 from veneer.ops.attention import causal_attention
@@ -169,15 +169,8 @@ def test_all_others_are_not(calls, monkeypatch):
 @given(tree=trees(), heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]), size=st.sampled_from([3, 16, 40, 70]))
 def test_tiles_equal_the_reference_behind_prefixes_and_without(dtype, tree, heads, size):
     lengths, prefixes = tree
-    places = torch.arange(sum(lengths)).split(lengths)
-    befores = [places[prefix] if prefix is not None else places[0][:0] for prefix in prefixes]
-    rows = torch.cat([torch.cat(pair) for pair in zip(befores, places, strict=True)])
-    own = torch.cat([torch.arange(len(p) + len(b)) >= len(b) for b, p in zip(befores, places, strict=True)])
-    sizes = [len(before) + len(part) for before, part in zip(befores, places, strict=True)]
     given = drawn_rows(sum(lengths), *heads, size, dtype)
-    expected = results(
-        lambda *x: each_alone(sizes, 0.3, None)(*(one[rows] for one in x))[own], *(one.double() for one in given)
-    )
+    expected = results(behind_prefixes(lengths, prefixes), *(one.double() for one in given))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_tiles, "MOST_UNEVEN", torch.inf)
         asked = []

@@ -71,6 +71,7 @@ def test_a_stop_within_an_evaluation_evaluates_again_and_ends_the_same(make_run,
         ("torch.get_num_threads", lambda: 99, r"num_threads: was 1, is 99"),
         ("torch.backends.cpu.get_cpu_capability", lambda: "NONE", "device: was"),
         ("veneer.ops.native.source", lambda: "0123", "kernels: was .*, is '0123'"),
+        ("veneer.ops.tiles.has_tiles", lambda: "of wood", "tiles: was .*, is 'of wood'"),
     ],
 )
 def test_another_version_or_machine_is_named(make_run, monkeypatch, where, value, named):

@@ -62,7 +62,7 @@ LAYOUTS = (
 
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
-_GATES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+*_GATES, _DOWN = (f"mlp.{name}" for name in _MLP_PARTS)
 _HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -163,7 +163,7 @@ class Block:
         return project(out_TD, [projection], None, keep, kept)[0]
 
     def _mlp(self, x_TD: Tensor, keep: Keep | None) -> Tensor:
-        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, _GATES, keep, (0, 1))
+        gate_TF, up_TF = self._projected(x_TD, self.layout.mlp, tuple(_GATES), keep, (0, 1))
         down = self.part(_DOWN)
         projection = projection_of(down, gate_TF)
         if projection is None:

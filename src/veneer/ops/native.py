@@ -112,11 +112,10 @@ def add_low_rank(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_O
         True
     """
     every = (W_OI, A_RI, B_OR, out_OI)
-    library, fits = kernels(), all(one.is_contiguous() and one.device.type == "cpu" for one in every)
-    if library is None or not fits or W_OI.dtype not in _SHORT or out_OI.dtype not in _SHORT:
+    fits = all(one.is_contiguous() and one.device.type == "cpu" for one in every)
+    if kernels() is None or not fits or W_OI.dtype not in _SHORT or out_OI.dtype not in _SHORT:
         return False
     if out_OI.dtype == torch.float32 or not (A_RI.dtype == B_OR.dtype == torch.float64):
         return False
-    function = getattr(library, f"add_low_rank_{_SHORT[W_OI.dtype]}_{_SHORT[out_OI.dtype]}")
     given = (W_OI, A_RI, B_OR, float(scaling), out_OI, *out_OI.shape, A_RI.shape[0])
-    return bool(function(*(_argument(one) for one in given)))
+    return bool(run(f"add_low_rank_{_SHORT[W_OI.dtype]}", out_OI, *given))

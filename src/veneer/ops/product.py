@@ -64,11 +64,12 @@ def product(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None = None, keep: Keep
         >>> product(torch.ones(2, 3), torch.ones(4, 3))[0].tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
-    by_tiles = tiles.multiplies(x_NI, W_OI, bias_O)
+    if tiles.multiplies(x_NI, W_OI, bias_O):
+        return tiles.multiply(x_NI, W_OI, bias_O, room(keep, (x_NI.shape[0], W_OI.shape[0]), x_NI))
     on_cpu = x_NI.device.type == "cpu" and x_NI.dtype == W_OI.dtype == torch.float32
-    if not by_tiles and _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
+    if _ONEDNN is not None and on_cpu and 0 not in (x_NI.shape[0], *W_OI.shape):
         return _ONEDNN(x_NI, W_OI, bias_O, "none", [], "")
-    if not by_tiles and keep is None:
+    if keep is None:
         return F.linear(x_NI, W_OI, bias_O)
     return product_into(room(keep, (x_NI.shape[0], W_OI.shape[0]), x_NI), x_NI, W_OI, bias_O)
 

@@ -31,22 +31,13 @@ typedef struct {
     int onto;
 } Sums;
 
-/* Sums that are added to others are formed by themselves, which loses fewer digits. */
+/* A block of sums, from `row` and `column` on. */
 ON_TILES static void multiply_block(
     const uint16_t *left, const uint16_t *right, int64_t steps, const Sums *out, int64_t row, int64_t column) {
-    float begin[BLOCK] __attribute__((aligned(64))) = {0}, whole[BLOCK * BLOCK] __attribute__((aligned(64)));
-    float *sums = out->at + row * out->stride + column;
+    float begin[BLOCK] __attribute__((aligned(64))) = {0}, *sums = out->at + row * out->stride + column;
     int64_t rows = at_most(out->rows - row, BLOCK), width = at_most(out->columns - column, BLOCK);
     if (out->bias && !out->onto) memcpy(begin, out->bias + column, width * sizeof *sums);
-    if (rows == BLOCK && width == BLOCK && !out->onto) {
-        multiply_panels(PARTS, left, right, steps, begin, sums, out->stride);
-        return;
-    }
-    multiply_panels(PARTS, left, right, steps, begin, whole, BLOCK);
-    for (int64_t i = 0; i < rows; i++)
-        if (out->onto)
-            for (int64_t j = 0; j < width; j++) sums[i * out->stride + j] += whole[i * BLOCK + j];
-        else memcpy(sums + i * out->stride, whole + i * BLOCK, width * sizeof *sums);
+    multiply_into(PARTS, left, right, steps, begin, sums, out->stride, rows, width, out->onto);
 }
 
 /* A product of two sides: of the one with fewer vectors, `held`, panels from `first` on. */

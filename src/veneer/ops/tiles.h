@@ -208,6 +208,23 @@ ON_TILES INLINE void multiply_panels(
     _tile_stored(3, sums + SIDE * stride + SIDE, stride * 4);
 }
 
+/* The first `rows` and `width` of these sums, in place of what is there or onto it. What is added to others is summed
+ * by itself before, which loses fewer digits. */
+ON_TILES INLINE void multiply_into(
+    int parts, const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums,
+    int64_t stride, int64_t rows, int64_t width, int onto) {
+    float whole[BLOCK * BLOCK] __attribute__((aligned(64)));
+    if (rows == BLOCK && width == BLOCK && !onto) {
+        multiply_panels(parts, left, right, steps, begin, sums, stride);
+        return;
+    }
+    multiply_panels(parts, left, right, steps, begin, whole, BLOCK);
+    for (int64_t i = 0; i < rows; i++)
+        if (onto)
+            for (int64_t j = 0; j < width; j++) sums[i * stride + j] += whole[i * BLOCK + j];
+        else memcpy(sums + i * stride, whole + i * BLOCK, width * sizeof *sums);
+}
+
 INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 INLINE uint16_t *aligned(void *memory) { return (uint16_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
 #endif

@@ -48,12 +48,12 @@ def multiplies(x_NI: Tensor, W_OI: Tensor, *others: Tensor | None) -> bool:
         >>> multiplies(one, one[1:]), multiplies(one.double(), one.double())
         (False, False)
     """
-    if min(*x_NI.shape, len(W_OI)) < FEWEST or not has_tiles() or None in (_laid(x_NI), _laid(W_OI)):
+    if min(*x_NI.shape, len(W_OI)) < FEWEST or x_NI.dtype != torch.float32 or not has_tiles():
         return False
     given = [x_NI, W_OI, *(one for one in others if one is not None)]
-    fits = all(one.dtype == torch.float32 and one.device.type == "cpu" for one in given)
     trains = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-    return fits and not trains and all(one.stride(-1) == 1 for one in given[2:]) and not torch.compiler.is_compiling()
+    sides = (one if one.stride(1) == 1 else one.T for one in (x_NI, W_OI))
+    return not trains and native.suits(*sides, *given[2:])
 
 
 def multiply(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, out_NO: Tensor, *, onto: bool = False) -> Tensor:
@@ -89,12 +89,9 @@ def multiply(x_NI: Tensor, W_OI: Tensor, bias_O: Tensor | None, out_NO: Tensor, 
     Source:
         Henry, Tang, Heinecke 2019, arXiv:1904.06376, section II.
     """
-    sides = _laid(x_NI), _laid(W_OI)
-    assert sides[0] is not None
-    assert sides[1] is not None
     bias: Tensor | int = 0 if bias_O is None else bias_O
     sizes = (out_NO.stride(0), int(onto), len(x_NI), len(W_OI), x_NI.shape[1])
-    given = (x_NI, *sides[0], W_OI, *sides[1], bias, out_NO, *sizes)
+    given = (x_NI, *_laid(x_NI), W_OI, *_laid(W_OI), bias, out_NO, *sizes)
     on_tiles("multiply", out_NO, *given)
     return out_NO
 
@@ -142,11 +139,9 @@ def multiply_each(
         >>> multiply_each(one, one[None], None, one.clone(), [64])[0, 0].item() if taken else 64.0
         64.0
     """
-    laid = _laid(W_EOI[0])
-    assert laid is not None
     bias: Tensor | int = 0 if bias_EO is None else bias_EO
     sizes = (len(W_EOI), W_EOI.shape[1], x_SI.shape[1])
-    matrices = (W_EOI, W_EOI.stride(0), *laid)
+    matrices = (W_EOI, W_EOI.stride(0), *_laid(W_EOI[0]))
     out = (out_SO, out_SO.stride(0), int(onto))
     on_tiles("multiply_each", out_SO, x_SI, x_SI.stride(0), *matrices, bias, *out, torch.tensor(counts), *sizes)
     return out_SO
@@ -164,7 +159,7 @@ def on_tiles(name: str, like: Tensor, *given: Tensor | int | float) -> None:
         raise MemoryError(f"no memory to {name} in parts of bfloat16")
 
 
-def _laid(matrix: Tensor) -> tuple[int, int] | None:
+def _laid(matrix: Tensor) -> tuple[int, int]:
     """Return how far the rows of a matrix lie apart, or its columns where those are what lies together, and which."""
     rows, columns = matrix.stride()
-    return (rows, 0) if columns == 1 else (columns, 1) if rows == 1 else None
+    return (rows, 0) if columns == 1 else (columns, 1)

@@ -78,13 +78,8 @@ ON_TILES INLINE void multiply_all(
     int parts, const uint16_t *left, const uint16_t *right, int64_t panels, int64_t panel_steps, int64_t steps,
     float *sums, int64_t stride, int onto) {
     static const float zeros[BLOCK] __attribute__((aligned(64)));
-    float whole[BLOCK * BLOCK] __attribute__((aligned(64)));
-    for (int64_t panel = 0; panel < panels; panel++, right += panel_steps * STEP(parts), sums += BLOCK) {
-        multiply_panels(parts, left, right, steps, zeros, onto ? whole : sums, onto ? BLOCK : stride);
-        if (!onto) continue;
-        for (int64_t i = 0; i < BLOCK; i++)
-            for (int64_t j = 0; j < BLOCK; j++) sums[i * stride + j] += whole[i * BLOCK + j];
-    }
+    for (int64_t panel = 0; panel < panels; panel++, right += panel_steps * STEP(parts), sums += BLOCK)
+        multiply_into(parts, left, right, steps, zeros, sums, stride, BLOCK, BLOCK, onto);
 }
 
 /* Those of 16 places that are among the first `count`, all ones; zeros for the others. */
