@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from veneer.ops import reference
-from veneer.ops.conv import Geometry, lora_conv
+from veneer.ops.conv import lora_conv
 from veneer.ops.dora import is_far_from_zero
+from veneer.ops.geometry import Geometry
 
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 WIDE = (2, 9, 11, 3, 1, 1)

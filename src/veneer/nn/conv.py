@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from veneer.factors import FORMS
 from veneer.nn.layer import LoRALayer, has_hooks
 from veneer.nn.slots import Slot
-from veneer.ops.conv import Geometry, lora_conv
+from veneer.ops.conv import lora_conv
 from veneer.ops.dora import magnitude_ratio
+from veneer.ops.geometry import Geometry
 from veneer.ops.lora import autocasting
 from veneer.ops.product import IN_PASSING, merging_pays
 

@@ -3,7 +3,6 @@
 Shapes: N a batch, I and O channels, g groups, R rank, k… a kernel, P positions of the output, K = I/g · k….
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,40 +10,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.factors import FORMS
+from veneer.ops import conv_tiles
 from veneer.ops.dora import is_far_from_zero
+from veneer.ops.geometry import Geometry
 
 _BLOCK = 1 << 18
 """Numbers that are multiplied at a time, so that the products stay in the cache: 1 MB in float32."""
 
 
-class Geometry(NamedTuple):
-    """How a kernel goes over its input, with a number for each axis of it; the padding is of zeros."""
+def _convolved(x: Tensor, kernel: Tensor, bias_O: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return the convolution, computed where that is quicker; no gradient."""
+    if conv_tiles.convolves(x, kernel, geometry):
+        return conv_tiles.convolve(x, kernel, bias_O, geometry)
+    return geometry.convolve(x, kernel, bias_O)
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the convolution."""
-        stride, padding, dilation, groups = self
-        return torch.convolution(x, kernel, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
-
-    def input_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-        """Return the gradient of the input."""
-        return self._gradient(dy, x, kernel, 0)
-
-    def kernel_gradient(self, dy: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-        """Return the gradient of the kernel."""
-        return self._gradient(dy, x, kernel, 1)
-
-    def _gradient(self, dy: Tensor, x: Tensor, kernel: Tensor, place: int) -> Tensor:
-        stride, padding, dilation, groups = self
-        none, wanted = [0] * len(stride), [one == place for one in range(3)]
-        found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
-            dy, x, kernel, None, stride, padding, dilation, False, none, groups, wanted
-        )
-        return found[place]
+def _input_gradient(dy: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient of the input, computed where that is quicker."""
+    if conv_tiles.convolves(dy, kernel, geometry, turned=True):
+        return conv_tiles.convolve(dy, kernel, None, geometry, turned=True)
+    return geometry.input_gradient(dy, x, kernel)
 
 
 def _sums_kernels(W: Tensor, A: Tensor, groups: int) -> bool:
@@ -71,13 +56,16 @@ def _each(kernel: Tensor, factor_O: Tensor) -> Tensor:
     return kernel * factor_O.view(-1, *(1,) * (kernel.ndim - 1))
 
 
-def _factor_gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A and B in `conv1x1(conv(x, A), B)`, without groups: two skinny convolutions."""
-    dy_NOP = dy.flatten(2)
-    dz = (B.flatten(1).T @ dy_NOP).unflatten(2, dy.shape[2:])
-    dA = geometry.kernel_gradient(dz, x, A)
+def _down_gradient(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient of A in `conv1x1(conv(x, A), B)`, without groups: a skinny convolution."""
+    dz = (B.flatten(1).T @ dy.flatten(2)).unflatten(2, dy.shape[2:])
+    return geometry.kernel_gradient(dz, x, A)
+
+
+def _up_gradient(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient of B in `conv1x1(conv(x, A), B)`, without groups: a skinny convolution."""
     z_NRP = geometry.convolve(x, A).flatten(2)
-    return dA, torch.bmm(dy_NOP, z_NRP.mT).sum(0).view_as(B)
+    return torch.bmm(dy.flatten(2), z_NRP.mT).sum(0).view_as(B)
 
 
 def _channel_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -108,10 +96,12 @@ class _LoRAConv(torch.autograd.Function):
         ratio_O: Tensor | None,
         how: _How,
     ) -> tuple[Tensor, Tensor | None]:
+        if ratio_O is None:  # torch's: an update of zero changes no bit
+            return how.geometry.convolve(x, _merged_kernel(W, A, B, how.scaling, None), bias_O), None
         kernel = _merged_kernel(W, A, B, how.scaling, ratio_O)
         if not how.keeps_output:
-            return how.geometry.convolve(x, kernel, bias_O), None
-        v = how.geometry.convolve(x, kernel)
+            return _convolved(x, kernel, bias_O, how.geometry), None
+        v = _convolved(x, kernel, None, how.geometry)
         # Never the output itself: what comes behind a convolution often writes into it.
         return v.clone() if bias_O is None else v + bias_O.view(-1, *(1,) * (v.ndim - 2)), v
 
@@ -129,17 +119,17 @@ class _LoRAConv(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, W, A, B, ratio_O, v = ctx.saved_tensors
-        needs_x, _, needs_bias, *needs_rest = ctx.needs_input_grad[:6]
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         scaling, geometry, _ = ctx.how
-        dx = dA = dB = dratio_O = None
+        dx = dA = dB = None
         if needs_x:
-            dx = geometry.input_gradient(dy, x, _merged_kernel(W, A, B, scaling, ratio_O))
-        if any(needs_rest):
-            scale_O = B.new_full((len(B),), scaling) if ratio_O is None else ratio_O * scaling
-            dA, dB = _factor_gradients(dy, x, A, _each(B, scale_O), geometry)
-            dB = _each(dB, scale_O)
-        if v is not None:
-            dratio_O = _channel_dots(dy, v) / ratio_O
+            dx = _input_gradient(dy, x, _merged_kernel(W, A, B, scaling, ratio_O), geometry)
+        scale_O = B.new_full((len(B),), scaling) if ratio_O is None else ratio_O * scaling
+        if needs_A:
+            dA = _down_gradient(dy, x, A, _each(B, scale_O), geometry)
+        if needs_B:
+            dB = _each(_up_gradient(dy, x, A, B, geometry), scale_O)
+        dratio_O = None if v is None else _channel_dots(dy, v) / ratio_O
         dbias_O = dy.flatten(2).sum((0, 2)) if needs_bias else None
         return dx, None, dbias_O, dA, dB, dratio_O, None
 

@@ -61,8 +61,8 @@ INLINE int64_t bits_of(double x) { return AS(int64_t, x); }
 /* Rounds to the nearest number, ties to even, that has so many bits less behind its point than a double; below the
  * smallest normal number to a multiple of the smallest one there is, which a sum with a large number does. */
 INLINE f64x8 round_once(f64x8 x, int less, double normal, double large) {
-    u64x8 bits = AS(u64x8, x), near = bits + ((1ull << (less - 1)) - 1) + ((bits >> less) & 1);
-    near &= ~((1ull << less) - 1);
+    u64x8 bits = AS(u64x8, x), near = bits + (((uint64_t)1 << (less - 1)) - 1) + ((bits >> less) & 1);
+    near &= ~(((uint64_t)1 << less) - 1);
     u64x8 small = AS(u64x8, (x + large) - large) | (bits & ~(uint64_t)INT64_MAX);
     u64x8 is_small = (u64x8)((size_of(x) - bits_of(normal)) >> 63); /* GCC 12 takes vectors apart to compare them */
     return AS(f64x8, (near & ~is_small) | (small & is_small));

@@ -15,10 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "vectors.h"
-
 #if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>)
+#if __has_include(<amxbf16intrin.h>) || (defined(__clang__) && __has_include(<amxintrin.h>))
 #define HAS_TILES
 #endif
 #endif
@@ -27,6 +25,9 @@
 #include <immintrin.h>
 
 #define ON_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,prfchw")))
+#define ON_VECTORS ON_TILES
+#include "vectors.h"
+
 int omp_get_max_threads(void);
 int omp_get_num_threads(void);
 int omp_get_thread_num(void);
@@ -107,8 +108,10 @@ ON_TILES INLINE void read_two(
     }
 }
 
-/* Up to 16 vectors from `first` on and 32 of their numbers from `from` on, as a tile for each part; zeros beyond. */
-ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, int64_t from, uint16_t *tiles) {
+/* Up to 16 vectors from `first` on and 32 of their numbers from `from` on, as a tile for each part, so far apart;
+ * zeros beyond. */
+ON_TILES INLINE void pack_tiles(
+    int parts, const Matrix *side, int64_t first, int64_t from, uint16_t *tiles, int64_t apart) {
     static const uint16_t BY_PAIRS[32]
         __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -129,10 +132,10 @@ ON_TILES INLINE void pack_tiles(int parts, const Matrix *side, int64_t first, in
         }
         for (int i = 0; i < parts; i++)
             _mm512_store_si512(
-                tiles + i * TILE + row * DEPTH, side->across ? _mm512_permutexvar_epi16(by_pairs, out[i]) : out[i]);
+                tiles + i * apart + row * DEPTH, side->across ? _mm512_permutexvar_epi16(by_pairs, out[i]) : out[i]);
     }
     if (side->across != side->is_right)
-        for (int i = 0; i < parts; i++) transpose(tiles + i * TILE);
+        for (int i = 0; i < parts; i++) transpose(tiles + i * apart);
 }
 
 /* Panels: 32 vectors each, and for each step of 32 of their numbers two tiles of each part. What lies together is read
@@ -144,21 +147,29 @@ ON_TILES INLINE void pack(
         for (int half = 0; half < 2; half++)
             pack_tiles(
                 parts, side, (first + panel) * BLOCK + half * SIDE, from + step * DEPTH,
-                to + (panel * steps + step) * STEP(parts) + half * parts * TILE);
+                to + (panel * steps + step) * STEP(parts) + half * parts * TILE, TILE);
     }
 }
 
-/* sums (32, 32) = begin + left . right, of two panels; begin has a number for each column. Where sums go, and what
- * comes next of both panels, is asked for in time: the tiles of a step take longer to come than to be multiplied. */
+/* Two tiles of a left side for each part, so far apart, and how far their rows are, in bytes. */
+typedef struct {
+    const uint16_t *low, *high;
+    int64_t apart, row_bytes;
+} Left;
+
+/* Tiles 0 to 3 get the products of a step, 32 by 32. What comes next of both sides is asked for in time: the tiles of
+ * a step take longer to come than to be multiplied. */
 #define LOAD_LEFT(part)                                                                                               \
-    _tile_loadd(4, left + (part) * TILE, 64);                                                                         \
-    _tile_loadd(5, left + ((part) + parts) * TILE, 64);
+    _tile_loadd(4, left.low + (part) * left.apart, left.row_bytes);                                                   \
+    _tile_loadd(5, left.high + (part) * left.apart, left.row_bytes);
 #define LOAD_RIGHT(part)                                                                                              \
     _tile_loadd(6, right + (part) * TILE, 64);                                                                        \
     _tile_loadd(7, right + ((part) + parts) * TILE, 64);
 #define FETCH(half)                                                                                                   \
     for (int line = 0; line < 8; line++) {                                                                            \
-        _mm_prefetch((const char *)(left + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);             \
+        const uint16_t *tile =                                                                                        \
+            (half) / 2 < parts ? next.low + (half) / 2 * next.apart : next.high + ((half) / 2 - parts) * next.apart;  \
+        _mm_prefetch((const char *)tile + ((half) % 2 * 8 + line) * next.row_bytes, _MM_HINT_T0);                     \
         _mm_prefetch((const char *)(right + STEP(parts) + (half) * TILE / 2 + line * DEPTH), _MM_HINT_T0);            \
     }
 #define MULTIPLY(number)                                                                                              \
@@ -168,6 +179,39 @@ ON_TILES INLINE void pack(
     _tile_dpbf16ps(2, 5, 6);                                                                                          \
     FETCH(2 * (number) + 1)                                                                                           \
     _tile_dpbf16ps(3, 5, 7);
+ON_TILES INLINE void multiply_step(int parts, Left left, const uint16_t *right, Left next) {
+    if (parts == 1) {
+        LOAD_LEFT(0)
+        LOAD_RIGHT(0)
+        MULTIPLY(0)
+        FETCH(2)
+        FETCH(3)
+    } else {
+        LOAD_LEFT(0)
+        LOAD_RIGHT(2)
+        MULTIPLY(0)
+        LOAD_RIGHT(1)
+        MULTIPLY(1)
+        LOAD_LEFT(1)
+        MULTIPLY(2)
+        LOAD_RIGHT(0)
+        MULTIPLY(3)
+        LOAD_LEFT(0)
+        MULTIPLY(4)
+        LOAD_LEFT(2)
+        MULTIPLY(5)
+    }
+}
+
+/* Sums start with a number for each column. */
+ON_TILES INLINE void begin_sums(const float *begin) {
+    _tile_loadd(0, begin, 0);
+    _tile_loadd(1, begin + SIDE, 0);
+    _tile_loadd(2, begin, 0);
+    _tile_loadd(3, begin + SIDE, 0);
+}
+
+/* sums (32, 32) = begin + left . right, of two panels. Where sums go is asked for in time. */
 ON_TILES INLINE void multiply_panels(
     int parts, const uint16_t *left, const uint16_t *right, int64_t steps, const float *begin, float *sums,
     int64_t stride) {
@@ -175,32 +219,11 @@ ON_TILES INLINE void multiply_panels(
         __builtin_prefetch(sums + i * stride, 1, 3);
         __builtin_prefetch(sums + i * stride + SIDE, 1, 3);
     }
-    _tile_loadd(0, begin, 0);
-    _tile_loadd(1, begin + SIDE, 0);
-    _tile_loadd(2, begin, 0);
-    _tile_loadd(3, begin + SIDE, 0);
+    begin_sums(begin);
     for (; steps; steps--, left += STEP(parts), right += STEP(parts)) {
-        if (parts == 1) {
-            LOAD_LEFT(0)
-            LOAD_RIGHT(0)
-            MULTIPLY(0)
-            FETCH(2)
-            FETCH(3)
-        } else {
-            LOAD_LEFT(0)
-            LOAD_RIGHT(2)
-            MULTIPLY(0)
-            LOAD_RIGHT(1)
-            MULTIPLY(1)
-            LOAD_LEFT(1)
-            MULTIPLY(2)
-            LOAD_RIGHT(0)
-            MULTIPLY(3)
-            LOAD_LEFT(0)
-            MULTIPLY(4)
-            LOAD_LEFT(2)
-            MULTIPLY(5)
-        }
+        Left now = {left, left + parts * TILE, TILE, 64}, next = now;
+        next.low += STEP(parts), next.high += STEP(parts);
+        multiply_step(parts, now, right, next);
     }
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + SIDE, stride * 4);

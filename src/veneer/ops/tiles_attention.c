@@ -83,12 +83,12 @@ ON_TILES INLINE void multiply_all(
 }
 
 /* Those of 16 places that are among the first `count`, all ones; zeros for the others. */
-INLINE i32x16 among(int64_t count) {
+ON_TILES INLINE i32x16 among(int64_t count) {
     i32x16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return (place - (int32_t)at_most(count, LANES)) >> 31;
 }
 
-INLINE f32x16 only(f32x16 numbers, i32x16 those, float others) {
+ON_TILES INLINE f32x16 only(f32x16 numbers, i32x16 those, float others) {
     return AS(f32x16, (AS(i32x16, numbers) & those) | (AS(i32x16, (f32x16){0} + others) & ~those));
 }
 
@@ -110,10 +110,10 @@ ON_TILES static float exponentials(float *scores, int64_t seen, int64_t all, flo
 
 /* Gives out memory in pieces that begin at a line of the caches. */
 typedef struct {
-    char *at;
+    uintptr_t at;
 } Room;
 INLINE void *take(Room *room, int64_t bytes) {
-    void *taken = room->at;
+    void *taken = (void *)room->at;
     room->at += (bytes + 63) / 64 * 64;
     return taken;
 }
@@ -277,14 +277,14 @@ ON_TILES static int attend_each(int parts, const Task *it, const Span *spans, in
     for (int64_t i = 0; i < count; i++) {
         Room room = {0};
         desk_of(parts, it, spans + i, gradient, &room);
-        if (room.at - (char *)0 > each) each = room.at - (char *)0;
+        if ((int64_t)room.at > each) each = room.at;
     }
     One *const ways[2][2] = {{attend_one_f32, attend_one_bf16}, {gradient_one_f32, gradient_one_bf16}};
     One *one = ways[gradient][parts == 1];
     char *memory = malloc(threads * each + 64);
     if (!memory) return 0;
     _Pragma("omp parallel") {
-        Room room = {(char *)aligned(memory) + omp_get_thread_num() * each};
+        Room room = {(uintptr_t)aligned(memory) + omp_get_thread_num() * each};
         _tile_loadconfig(&SHAPES);
         for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count * key_heads;)
             one(it, spans + i / key_heads, i % key_heads, room);

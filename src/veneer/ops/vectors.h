@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef ON_VECTORS
+#define ON_VECTORS /* the processor that the file is compiled for */
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define AS(type, value) ({ __typeof__(value) from = (value); type to; memcpy(&to, &from, sizeof to); to; })
 
@@ -13,7 +16,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 #define LANES 16
 
 /* exp(x) to 1e-7: 2^n by the exponent's bits, and a polynomial for what is left of x / log 2 (Cephes, expf). */
-INLINE f32x16 exp_of(f32x16 x) {
+ON_VECTORS INLINE f32x16 exp_of(f32x16 x) {
     const f32x16 most = (f32x16){0} + 88.0f, least = (f32x16){0} - 87.0f;
     i32x16 above = AS(i32x16, most - x) >> 31, below = AS(i32x16, x - least) >> 31;
     x = AS(f32x16, (AS(i32x16, x) & ~above & ~below) | (AS(i32x16, most) & above) | (AS(i32x16, least) & below));
