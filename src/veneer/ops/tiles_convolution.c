@@ -14,14 +14,16 @@ int convolve_f32(void) { return 0; }
 
 /* A strip of the input fits a core's cache; sums are as long as in products; so much of a kernel is held at a time. */
 enum { PARTS = 3, CACHE = 1 << 20, MOST_STEPS = 1024 / DEPTH, MOST_HELD = 1 << 24, FEWEST_LINES = 4 };
+/* So far apart that the taps of a number do not share a line of the cache. */
+enum { TAP = BLOCK * BLOCK + SIDE };
 
 /* One number for each axis. */
 typedef struct {
     int64_t plane, line, column;
 } Axes;
 
-/* x (images, inputs, size), kernel (taps, outputs, inputs) or, `turned`, (taps, inputs, outputs) from the last tap to
- * the first, bias (outputs) or none, out (images, outputs, places). */
+/* x (images, inputs, size), kernel (outputs, inputs, taps) or, `turned`, (inputs, outputs, taps) with the last tap
+ * first, bias (outputs) or none, out (images, outputs, places). */
 typedef struct {
     const float *x, *kernel, *bias;
     float *out;
@@ -79,13 +81,24 @@ ON_TILES static void pack_strip(const Convolution *it, const Layout *layout, Str
     }
 }
 
-/* 32 outputs of the kernel: for each tap its channels. */
-ON_TILES static void pack_kernel(const Convolution *it, int64_t panel, uint16_t *to) {
-    const int64_t taps = volume(it->taps), stride = it->turned ? it->outputs : it->inputs;
-    for (int64_t tap = 0; tap < taps; tap++, to += channel_steps(it) * STEP(PARTS)) {
-        const float *at = it->kernel + (it->turned ? taps - 1 - tap : tap) * it->inputs * it->outputs;
-        const Matrix side = {at, it->outputs, it->inputs, stride, it->turned, 1, 0};
-        pack(PARTS, &side, panel, 1, 0, channel_steps(it), to);
+/* 32 outputs of the kernel: for each tap its channels. `some` has room for the taps of 32 by 32 numbers, one tap's
+ * after another's. */
+ON_TILES static void pack_kernel(const Convolution *it, int64_t panel, float *some, uint16_t *to) {
+    const int64_t taps = volume(it->taps), turned = it->turned, steps = channel_steps(it);
+    const int64_t all[2] = {turned ? it->inputs : it->outputs, turned ? it->outputs : it->inputs};
+    for (int64_t step = 0; step < steps; step++) {
+        const int64_t first[2] = {(turned ? step : panel) * BLOCK, (turned ? panel : step) * BLOCK};
+        const int64_t rows = at_most(all[0] - first[0], BLOCK), columns = at_most(all[1] - first[1], BLOCK);
+        for (int64_t i = 0; i < rows; i++) {
+            const float *from = it->kernel + ((first[0] + i) * all[1] + first[1]) * taps;
+            for (int64_t j = 0; j < columns; j++)
+                for (int64_t tap = 0; tap < taps; tap++) some[tap * TAP + i * BLOCK + j] = *from++;
+        }
+        for (int64_t tap = 0; tap < taps; tap++) {
+            const float *at = some + (turned ? taps - 1 - tap : tap) * TAP;
+            const Matrix side = {at, turned ? columns : rows, turned ? rows : columns, BLOCK, turned, 1, 0};
+            pack(PARTS, &side, 0, 1, 0, 1, to + (tap * steps + step) * STEP(PARTS));
+        }
     }
 }
 
@@ -188,17 +201,23 @@ static void fill_offsets(const Convolution *it, const Layout *layout) {
     *to = 0; /* asked for behind the last step, and not used */
 }
 
+/* What a thread keeps for itself: a strip, before that what `pack_kernel` reads. */
+INLINE int64_t own_numbers(const Convolution *it, const Layout *layout) {
+    const int64_t strip = channel_steps(it) * PARTS * layout->room * DEPTH, kernel = volume(it->taps) * TAP * 2;
+    return strip > kernel ? strip : kernel;
+}
+
 /* Some panels of outputs, for all strips; each thread takes the next. */
 ON_TILES static void convolve_panels(
     const Convolution *it, const Layout *layout, int64_t first, int64_t panels, uint16_t *memory) {
-    const int64_t size = layout->steps * STEP(PARTS), own_size = channel_steps(it) * PARTS * layout->room * DEPTH;
+    const int64_t size = layout->steps * STEP(PARTS), own_size = own_numbers(it, layout);
     const int64_t across = parts_of(it->places.column, layout->columns);
     const int64_t down = parts_of(it->places.line, layout->lines), planes = it->places.plane;
     int64_t next = 0;
     _Pragma("omp parallel") {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         uint16_t *own = memory + panels * size + thread * own_size;
-        for (int64_t i = thread; i < panels; i += threads) pack_kernel(it, first + i, memory + i * size);
+        for (int64_t i = thread; i < panels; i += threads) pack_kernel(it, first + i, (float *)own, memory + i * size);
         _Pragma("omp barrier") _tile_loadconfig(&SHAPES);
         for (;;) {
             const int64_t number = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED), row = number / across;
@@ -224,7 +243,7 @@ ON_TILES int convolve_f32(const float *x, const float *kernel, const float *bias
     const int64_t bytes = layout.steps * STEP(PARTS) * sizeof(uint16_t); /* of a panel */
     const int64_t most = MOST_HELD / bytes > threads ? MOST_HELD / bytes : threads;
     const int64_t some = parts_of(panels, parts_of(panels, most));
-    const int64_t own = channel_steps(&it) * PARTS * layout.room * DEPTH * sizeof(uint16_t);
+    const int64_t own = own_numbers(&it, &layout) * sizeof(uint16_t);
     layout.offsets = malloc((layout.steps + 1) * sizeof *layout.offsets);
     /* The last step fetches beyond its panel. */
     void *memory = malloc(some * bytes + threads * own + STEP(PARTS) * sizeof(uint16_t) + 64);
