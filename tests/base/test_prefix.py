@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from veneer.base.prefix import check_prefix, decoder_layers, prefix_layers, prefix_states, tail_hidden_states
+from veneer.base.prefix import check_prefix, prefix_layers, prefix_states, sole_layers, tail_hidden_states
 from veneer.base.ragged import RaggedBatch, hidden_states, ragged_attention
 from veneer.config import LoRAConfig
 from veneer.errors import BaseModelError
@@ -98,14 +98,14 @@ def test_gradients_are_those_of_the_whole_model(adapted):
 
 
 def test_no_graph_is_built_below_the_lowest_adapter(adapted):
-    with graphs_of(decoder_layers(adapted)) as found, ragged_attention(adapted):
+    with graphs_of(sole_layers(adapted)) as found, ragged_attention(adapted):
         assert hidden_states(adapted, batch_of()).requires_grad
     assert found == {0: False, 1: False, 2: False, 3: True}
 
 
 def test_the_layers_below_are_not_run(adapted):
     ran = []
-    for place, layer in enumerate(decoder_layers(adapted)):
+    for place, layer in enumerate(sole_layers(adapted)):
         next(layer.children()).register_forward_hook(lambda *_, place=place: ran.append(place))
     with ragged_attention(adapted):
         below = prefix_states(adapted, batch_of(), 2)
@@ -210,14 +210,14 @@ def test_layers_of_another_make_are_refused(tiny, change, reason):
 def test_layers_that_are_not_in_one_list_are_not_known(tiny):
     model = tiny(num_hidden_layers=3)
     model.model.layers[1] = model.model.layers[0]
-    assert decoder_layers(model) == ()
+    assert sole_layers(model) == ()
     model = tiny()
     model.model.more = nn.ModuleList([nn.Linear(1, 1)])
     assert prefix_layers(model) == 0
 
 
 def test_the_model_is_as_it_was_also_after_an_error(adapted):
-    layers = decoder_layers(adapted)
+    layers = sole_layers(adapted)
 
     def own(*_, **__):
         raise RuntimeError("not today")

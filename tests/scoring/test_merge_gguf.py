@@ -52,7 +52,7 @@ def test_without_a_proof_the_reason_is_said(made, monkeypatch):
     folder, like, out = made("olmo2")
     found = export_gguf(folder, like, out, prove=gguf_proof(folder)).probe
     assert (found.probed, "transformers does not read it" in found.reason) == (False, True)
-    monkeypatch.setattr(module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 0)
     assert "GB are free" in gguf_proof(folder).reason
 
 

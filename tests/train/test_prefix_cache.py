@@ -16,7 +16,7 @@ from veneer.files.filesystem import FileSystem
 from veneer.nn.attach import attach
 from veneer.train import prefix_cache
 from veneer.train.interrupt import StopFlag
-from veneer.train.prefix_cache import PrefixCache, _first_meetings, free_memory_bytes
+from veneer.train.prefix_cache import PrefixCache, _first_meetings
 from veneer.train.prepare import prepare_data, read_data
 from veneer.train.run import finetune, run
 
@@ -149,21 +149,6 @@ def test_evaluation_rows_are_kept_in_a_single_epoch_too(make_run, caplog):
 def test_groups_are_the_micro_batches_before_a_row_comes_again():
     assert _first_meetings([[0, 2], [1], [2, 1], [0]]) == [[0, 2], [1]]
     assert _first_meetings([[0, 2], [1]]) is None
-
-
-def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  9000 kB\nMemFree:   10 kB\nMemAvailable:   4000 kB\n")
-    monkeypatch.setattr(prefix_cache, "_MEMINFO", meminfo)
-    monkeypatch.setattr(prefix_cache, "_CGROUP", tmp_path)
-    assert free_memory_bytes() == 4000 * 1024
-    (tmp_path / "memory.current").write_text("500\n")
-    for most, expected in (("max", 4000 * 1024), ("1700", 1200), ("100", 0)):
-        (tmp_path / "memory.max").write_text(f"{most}\n")
-        assert free_memory_bytes() == expected
-    monkeypatch.setattr(prefix_cache, "_MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(prefix_cache, "_CGROUP", tmp_path / "none")
-    assert free_memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

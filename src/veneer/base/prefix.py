@@ -36,7 +36,7 @@ class PrefixStates:
     states_TD: Tensor
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+def sole_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Return the decoder's layers from the bottom up; nothing where it has no one list of them, each in it once."""
     lists = [child for _, child in model.get_decoder().named_children() if isinstance(child, nn.ModuleList)]
     layers = tuple(lists[0]) if len(lists) == 1 else ()
@@ -57,7 +57,7 @@ def prefix_layers(model: PreTrainedModel) -> int:
         >>> prefix_layers(model)
         2
     """
-    layers = decoder_layers(model)
+    layers = sole_layers(model)
     return next((place for place, layer in enumerate(layers) if _is_worked_on(layer)), len(layers))
 
 
@@ -85,7 +85,7 @@ def tail_hidden_states(model: PreTrainedModel, batch: RaggedBatch, below: Prefix
     """
     missing = len(batch.token_ids) - len(below.states_TD)
     states_1TD = F.pad(below.states_TD, (0, 0, 0, missing))[None]
-    *passed, last = decoder_layers(model)[: below.num_layers]
+    *passed, last = sole_layers(model)[: below.num_layers]
     with _standing_in(passed, _first_argument), _standing_in([last], lambda *_, **__: states_1TD):
         return hidden_states(model, batch)
 
@@ -137,7 +137,7 @@ def _is_worked_on(layer: nn.Module) -> bool:
 
 def _run_below(model: PreTrainedModel, batch: RaggedBatch, num_layers: int) -> Tensor:
     """Return what the lowest layers give, shape (T, D); the layers above hand it on, and the final norm is wasted."""
-    layers, name, tokens = decoder_layers(model), type(model).__name__, batch.token_ids.shape[0]
+    layers, name, tokens = sole_layers(model), type(model).__name__, batch.token_ids.shape[0]
     found: list[Tensor] = []
 
     def keep(_layer: nn.Module, _args: Any, output: object) -> None:

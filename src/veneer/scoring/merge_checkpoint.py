@@ -1,9 +1,7 @@
 """A merge on files with its proof: the base with the adapter attached, and the merged files loaded, asked the same."""
 
 import gc
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +12,7 @@ from veneer.adapter import Adapter
 from veneer.base.load import load_model
 from veneer.base.source import Source
 from veneer.errors import BaseModelError, ConfigError, TargetError
-from veneer.files.filesystem import REAL
+from veneer.files.memory import free_memory_bytes
 from veneer.files.peft import load_adapter
 from veneer.files.pieces import OnBytes
 from veneer.files.shards import read_checkpoint
@@ -110,7 +108,7 @@ def begin_proof(
     """
     checkpoint = read_checkpoint(base)
     size = sum(place.size // DTYPES[place.dtype].itemsize * 4 for place in checkpoint.tensors.values())
-    free = available_bytes()
+    free = free_memory_bytes()
     if size * SPARE > free:
         return None, f"the model takes {size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free"
     try:
@@ -151,12 +149,3 @@ def _ask_both(model: nn.Module, adapter: Adapter, probe: Probe) -> tuple[Tensor,
         raise
     assert attached is not None
     return base, attached
-
-
-def available_bytes() -> int:
-    """Return how much memory may be taken: what the system says, else what is free."""
-    with suppress(OSError, ValueError, IndexError):
-        lines = REAL.read_bytes(Path("/proc/meminfo")).decode().splitlines()
-        fields = {line.partition(":")[0]: line.split() for line in lines}
-        return int(fields["MemAvailable"][1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,9 +9,10 @@ from veneer.base.gguf import load_gguf
 from veneer.base.load import load_model
 from veneer.base.source import Source
 from veneer.errors import AdapterError, BaseModelError
+from veneer.files.memory import free_memory_bytes
 from veneer.files.shards import read_checkpoint
 from veneer.files.tensors import DTYPES
-from veneer.scoring.merge_checkpoint import SPARE, available_bytes
+from veneer.scoring.merge_checkpoint import SPARE
 from veneer.tools.merge_gguf import Prove
 from veneer.tools.merge_probe import TOLERANCES, ask, default_probe
 from veneer.tools.merge_record import ProbeResult
@@ -41,7 +42,7 @@ def gguf_proof(folder: str | Path, dtype: torch.dtype | None = None) -> Prove | 
     kinds = {DTYPES[place.dtype] for place in places} | ({dtype} if dtype is not None else set())
     tolerance = max(TOLERANCES.get(kind, 0.0) for kind in kinds)
     size = sum(place.size // DTYPES[place.dtype].itemsize * 4 for place in places)
-    if size * SPARE > (free := available_bytes()):
+    if size * SPARE > (free := free_memory_bytes()):
         return ProbeResult(False, f"the model takes {size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free")
     try:
         model = load_model(Source(folder, folder, is_local=True), dtype=torch.float32)

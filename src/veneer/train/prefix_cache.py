@@ -8,7 +8,6 @@ Shapes: T tokens of all rows, D hidden.
 """
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.base.prefix import PrefixStates, check_prefix, decoder_layers, prefix_layers, prefix_states
+from veneer.base.prefix import PrefixStates, check_prefix, prefix_layers, prefix_states, sole_layers
 from veneer.config import TrainConfig
 from veneer.data.batches import Step, make_batch, pack
 from veneer.data.encode import EncodedRow
 from veneer.errors import BaseModelError, OutputError
 from veneer.files.filesystem import REAL
+from veneer.files.memory import free_memory_bytes
 from veneer.scoring.loss import Recall
 from veneer.train.prepare import PreparedData
 
@@ -31,8 +31,6 @@ log = logging.getLogger("veneer")
 
 _SHARE = 4
 """One part in so many of the free memory may be used without being asked for."""
-
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def prefix_caches(
     flat_TD = _room(settings.cache_prefix, (sum(counts), sample_TD.shape[1]), sample_TD.dtype, folder)
     if flat_TD is None:
         return Recalls()
-    _tell(num_layers, len(decoder_layers(model)), flat_TD, bool(train_rows))
+    _tell(num_layers, len(sole_layers(model)), flat_TD, bool(train_rows))
     lengths = [len(row.token_ids) for row in eval_rows]
     eval_groups = pack(range(len(lengths)), lengths, settings.tokens_per_micro_batch)  # as they are evaluated
     train_TD, eval_TD = flat_TD.split(counts)
@@ -129,21 +127,6 @@ def prefix_caches(
         PrefixCache(model, train_rows, groups, num_layers, train_TD).recall if train_rows else None,
         PrefixCache(model, eval_rows, eval_groups, num_layers, eval_TD).recall if eval_rows else None,
     )
-
-
-def free_memory_bytes() -> int:
-    """Return how much memory may still be had: what the system says, and no more than the container's limit leaves.
-
-    Where the system does not say (macOS), half of the memory there is.
-    """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if _MEMINFO.is_file():
-        fields = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-        free = next((int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:"), free)
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(most) - int(used.read_text())))
-    return free
 
 
 def _first_meetings(micros: Iterable[list[int]]) -> list[list[int]] | None:
