@@ -38,7 +38,7 @@ def put_in(model, where: str, value: float, draw: random.Random) -> None:
     if where == "gradient":
 
         def spoil_gradient(gradient):
-            gradient = gradient.clone()
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
             gradient.view(-1)[place] = value
             return gradient
 
